@@ -1,0 +1,141 @@
+"""Local reordering of rows: token order to expert order and back. Nothing here communicates.
+
+Both directions gather, in forward and in backward: a scatter-add would sum in an order that CUDA does not fix.
+
+Shapes: T tokens, D width, K experts per token, N = T*K assignments, R rows, E experts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Permutation:
+    """Where each row comes from, and where each assignment went.
+
+    Args:
+        assignment_R: Flat index into the T*K assignments of every row; rows are in expert order and, within an
+            expert, in token order.
+        row_TK: Row of every assignment; R or more where it has none (dropped, or another rank's expert).
+        tokens_per_expert_E: Rows of every expert.
+    """
+
+    assignment_R: Tensor
+    row_TK: Tensor
+    tokens_per_expert_E: Tensor
+
+
+def plan_permutation(
+    topk_ids_TK: Tensor, num_experts: int, kept_TK: Tensor | None = None, num_rows: int | None = None
+) -> Permutation:
+    """Orders the assignments by expert; a stable sort keeps token order within an expert.
+
+    Args:
+        topk_ids_TK: Expert of every assignment, in [0, num_experts) wherever it is kept.
+        num_experts: E.
+        kept_TK: True where the assignment gets a row; ``None`` is everywhere.
+        num_rows: How many are kept, where the caller knows it. Otherwise it is counted, which on an
+            accelerator waits for the device when ``kept_TK`` is given.
+
+    Returns:
+        The permutation.
+
+    >>> plan = plan_permutation(torch.tensor([[1, 0], [1, 2]]), num_experts=3)
+    >>> plan.assignment_R.tolist(), plan.row_TK.tolist(), plan.tokens_per_expert_E.tolist()
+    ([1, 0, 2, 3], [[1, 0], [2, 3]], [1, 2, 1])
+    """
+    ids_N = topk_ids_TK.reshape(-1)
+    if kept_TK is not None:
+        ids_N = torch.where(kept_TK.reshape(-1), ids_N, num_experts)  # the dropped sort behind the last expert
+    order_N = torch.argsort(ids_N, stable=True)
+    row_N = torch.empty_like(order_N)
+    row_N[order_N] = torch.arange(order_N.numel(), device=order_N.device)
+    tokens_per_expert_E = torch.bincount(ids_N, minlength=num_experts + 1)[:num_experts]
+    if num_rows is None:
+        num_rows = ids_N.numel() if kept_TK is None else int(tokens_per_expert_E.sum())
+    return Permutation(order_N[:num_rows], row_N.view_as(topk_ids_TK), tokens_per_expert_E)
+
+
+def permute(x_TD: Tensor, plan: Permutation) -> Tensor:
+    """Rows for the experts, [T, D] -> [R, D]: row r is the token of assignment r."""
+    return _Permute.apply(x_TD, plan.assignment_R, plan.row_TK)
+
+
+def unpermute(y_RD: Tensor, topk_scores_TK: Tensor, plan: Permutation) -> Tensor:
+    """Weighted sum of each token's rows, [R, D] -> [T, D]; an assignment without a row adds nothing.
+
+    The products are summed in the wider of the two dtypes (scores are fp32) and returned in that of ``y_RD``.
+    """
+    return _Unpermute.apply(y_RD, topk_scores_TK, plan.assignment_R, plan.row_TK)
+
+
+def reorder(rows: Tensor, index_R: Tensor) -> Tensor:
+    """``rows[index_R]`` for an ``index_R`` that is a permutation of all rows."""
+    return _Reorder.apply(rows, index_R)
+
+
+def _rows_of_tokens(rows_RD: Tensor, row_TK: Tensor) -> Tensor:
+    """[R, D] -> [T, K, D], zero where an assignment has no row."""
+    T, K = row_TK.shape
+    num_rows, D = rows_RD.shape
+    if num_rows == row_TK.numel():  # nothing is missing, so nothing needs a mask
+        return rows_RD.index_select(0, row_TK.reshape(-1)).view(T, K, D)
+    if num_rows == 0:
+        return rows_RD.new_zeros((T, K, D))
+    missing_TK1 = (row_TK >= num_rows).unsqueeze(-1)
+    gathered_TKD = rows_RD.index_select(0, row_TK.reshape(-1).clamp(max=num_rows - 1)).view(T, K, D)
+    return gathered_TKD.masked_fill(missing_TK1, 0)
+
+
+class _Permute(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_TD: Tensor, assignment_R: Tensor, row_TK: Tensor) -> Tensor:
+        ctx.save_for_backward(row_TK)
+        return x_TD.index_select(0, assignment_R // row_TK.shape[1])
+
+    @staticmethod
+    def backward(ctx: Any, grad_RD: Tensor) -> tuple[Tensor, None, None]:
+        (row_TK,) = ctx.saved_tensors
+        return _rows_of_tokens(grad_RD, row_TK).sum(1), None, None
+
+
+class _Unpermute(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, y_RD: Tensor, topk_scores_TK: Tensor, assignment_R: Tensor, row_TK: Tensor
+    ) -> Tensor:
+        ctx.save_for_backward(y_RD, topk_scores_TK, assignment_R, row_TK)
+        y_TKD = _rows_of_tokens(y_RD, row_TK)
+        return (y_TKD * topk_scores_TK.unsqueeze(-1)).sum(1).to(y_RD.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        y_RD, topk_scores_TK, assignment_R, row_TK = ctx.saved_tensors
+        grad_RD = grad_TD.index_select(0, assignment_R // row_TK.shape[1])
+        scores_R1 = topk_scores_TK.reshape(-1).index_select(0, assignment_R).unsqueeze(-1)
+        y_TKD = _rows_of_tokens(y_RD, row_TK)
+        # Multiplying in the scores' dtype keeps the router's gradient in fp32 when y is bf16.
+        grad_scores_TK = (y_TKD.to(topk_scores_TK.dtype) * grad_TD.unsqueeze(1)).sum(-1)
+        return (
+            (grad_RD * scores_R1).to(y_RD.dtype),
+            grad_scores_TK.to(topk_scores_TK.dtype),
+            None,
+            None,
+        )
+
+
+class _Reorder(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, index_R: Tensor) -> Tensor:
+        ctx.save_for_backward(index_R)
+        return rows.index_select(0, index_R)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (index_R,) = ctx.saved_tensors
+        return grad.index_select(0, torch.argsort(index_R)), None

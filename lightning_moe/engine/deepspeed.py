@@ -1,0 +1,247 @@
+"""The only file that touches DeepSpeed's internals. DeepSpeed is imported inside functions: it takes seconds.
+
+DeepSpeed's engine knows experts by class and by marks on their parameters. Of the routes that it has, only a layer
+that is an ``AutoEPMoELayer`` trains and saves right with every ZeRO stage, so that our layers become one at setup.
+"""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from collections.abc import Iterator
+from functools import lru_cache, partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.optim import Optimizer
+
+from lightning_moe.nn import GroupedExperts, MoE
+from lightning_moe.parallel import ExpertGroups, Topology, expert_group_name, is_expert_parameter
+
+if TYPE_CHECKING:
+    from deepspeed import DeepSpeedEngine
+
+
+def use_cpu() -> None:
+    """Makes DeepSpeed work on CPU ranks, whatever accelerator it found, and without a compiler."""
+    import deepspeed.ops
+    from deepspeed.accelerator import get_accelerator, set_accelerator
+    from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
+
+    if get_accelerator().device_name() != "cpu":
+        set_accelerator(CPU_Accelerator())
+    # Compiled at every start, and used for tensor-parallel inference only.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def new_expert_groups(topology: Topology) -> ExpertGroups:
+    """DeepSpeed's EP and EDP groups for this topology, made on every rank in the same order.
+
+    Groups of an earlier run in this process are used again, because its layers hold them, unless they are of
+    another size or of a world that is gone: an engine takes the largest ep_size it finds for that of the model.
+    """
+    from deepspeed.utils import groups
+
+    rank, name = dist.get_rank(), f"ep_size_{topology.ep_size}"
+    for by_name in (groups._get_expert_parallel_group_dict(), groups._get_expert_data_parallel_group_dict()):
+        for known, group in list(by_name.items()):
+            if known != name or not _is_alive(group):
+                groups._release_process_group_references(group)
+    groups._create_expert_and_data_parallel(topology.ep_size)
+    edp_group = groups._get_expert_data_parallel_group(name)
+    return ExpertGroups(
+        topology.ep_size,
+        rank % topology.ep_size,
+        groups._get_expert_parallel_group(name),
+        edp_group,
+        partial(_place_expert_parameter, name=name, edp_group=edp_group),
+    )
+
+
+def _is_alive(group: dist.ProcessGroup) -> bool:
+    try:
+        return bool(dist.get_process_group_ranks(group))
+    except (KeyError, ValueError):
+        return False
+
+
+def device_mesh(groups: ExpertGroups, topology: Topology, device_type: str) -> DeviceMesh:
+    """The same groups as a mesh with the axes ``edp`` and ``ep``."""
+    return DeviceMesh.from_group(
+        [groups.edp_group, groups.ep_group],
+        device_type,
+        mesh=torch.tensor(topology.ep_groups),
+        mesh_dim_names=("edp", "ep"),
+    )
+
+
+def name_param_group(name: str, source: str) -> str:
+    """A name for a split-off expert group under which DeepSpeed still finds its process groups.
+
+    DeepSpeed looks a group of parameters up by its name, while LearningRateMonitor wants every name once; so a
+    name of its own (``ep_size_2_decay``) is made to lead to the groups of ``ep_size_2``.
+    """
+    from deepspeed.utils import groups
+
+    alias = f"{name}_{source}"
+    for by_name in (
+        groups._EXPERT_PARALLEL_GROUP,
+        groups._EXPERT_PARALLEL_GROUP_RANKS,
+        groups._EXPERT_DATA_PARALLEL_GROUP,
+        groups._EXPERT_DATA_PARALLEL_GROUP_RANKS,
+    ):
+        by_name[alias] = by_name[name]
+    return alias
+
+
+def _place_expert_parameter(parameter: nn.Parameter, name: str, edp_group: dist.ProcessGroup) -> None:
+    """ZeRO-3 partitions this parameter over its EDP group; every other one over the world."""
+    parameter.ds_zero_placement_family = "autoep_expert"  # type: ignore[attr-defined]
+    parameter.ds_zero_partition_group_name = name  # type: ignore[attr-defined]
+    parameter.ds_zero_partition_process_group = edp_group  # type: ignore[attr-defined]
+
+
+@lru_cache(maxsize=1)
+def _adopted_classes() -> tuple[type[MoE], type[GroupedExperts]]:
+    from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
+
+    class DeepSpeedMoE(MoE, AutoEPMoELayer):  # type: ignore[misc]
+        """Our layer, as DeepSpeed's engine recognises it; it never runs AutoEPMoELayer's own code."""
+
+        def set_deepspeed_parallelism(self, *_: Any, **__: Any) -> None:
+            """The groups were made before the model; there is nothing left to bind."""
+
+    class DeepSpeedExperts(GroupedExperts):
+        """DeepSpeed's checkpoints name three matrices an expert and ours has two: the third is an empty one."""
+
+        @property
+        def w3(self) -> Tensor:
+            """Empty, [L, 0, 0]."""
+            empty = self.w2.new_empty((len(self.expert_ids), 0, 0)).requires_grad_()
+            empty.ds_autoep_uc_meta = self.w2.ds_autoep_uc_meta  # type: ignore[attr-defined]
+            return empty
+
+        def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+            state_dict.pop(prefix + "w3", None)
+            super()._load_from_state_dict(state_dict, prefix, *args)
+
+    return DeepSpeedMoE, DeepSpeedExperts
+
+
+def adopt_layer(layer: MoE) -> None:
+    """Turns a sharded layer, in place, into one that DeepSpeed's engine recognises; weights stay untouched."""
+    from deepspeed.checkpoint import autoep_affine as affine
+    from deepspeed.checkpoint import constants
+
+    moe_class, experts_class = _adopted_classes()
+    if isinstance(layer, moe_class):
+        return
+    layer.__class__ = moe_class
+    layer.experts.__class__ = experts_class
+    groups = layer.groups
+    layer.ep_size, layer.ep_rank = groups.ep_size, groups.ep_rank
+    layer.ep_group, layer.ep_group_name = groups.ep_group, f"ep_size_{groups.ep_size}"
+    placement = affine.legacy_uniform_autoep_placement_descriptor(
+        layer.num_experts, layer.num_local_experts, groups.ep_size
+    )
+    layer.expert_placement_descriptor = placement
+    for weight in (layer.experts.w1, layer.experts.w2):
+        shape = [layer.num_experts, *getattr(weight, "ds_shape", weight.shape)[1:]]
+        weight.ds_autoep_uc_meta = {  # type: ignore[attr-defined]
+            constants.AUTOEP_EXPERT_PLACEMENT: placement,
+            constants.AFFINE_MAP: affine.autoep_placement_to_affine_map(placement, shape).to_dict(),
+            constants.AUTOEP_PARAM_LOGICAL_SHAPE: shape,
+            constants.AUTOEP_PARAM_EP_RANK: groups.ep_rank,
+            constants.AUTOEP_PARAM_LOCAL_EXPERTS: list(layer.experts.expert_ids),
+        }
+
+
+def native_moe_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Layers of DeepSpeed's own class ``deepspeed.moe.layer.MoE``."""
+    from deepspeed.moe.layer import MoE as NativeMoE
+
+    return ((name, module) for name, module in model.named_modules() if isinstance(module, NativeMoE))
+
+
+def initialize(
+    model: nn.Module,
+    config: dict[str, Any],
+    device: torch.device,
+    optimizer: Optimizer | None = None,
+    lr_scheduler: Any = None,
+) -> tuple[DeepSpeedEngine, Any]:
+    """``deepspeed.initialize`` on any device; without an optimizer the engine only evaluates.
+
+    Returns:
+        The engine, and DeepSpeed's optimizer around ``optimizer``.
+    """
+    import deepspeed
+
+    # A CPU has no index, and DeepSpeed compares whatever it is given with 0.
+    device_rank = {} if device.index is None else {"args": Namespace(device_rank=device.index)}
+    initialized, wrapped, _, _ = deepspeed.initialize(
+        config=config,
+        model=model,
+        model_parameters=[p for p in model.parameters() if p.requires_grad] if optimizer else [],
+        optimizer=optimizer,
+        lr_scheduler=lr_scheduler,
+        dist_init_required=False,
+        **device_rank,
+    )
+    return initialized, wrapped
+
+
+def clip_unpartitioned_gradients(engine: DeepSpeedEngine, ep_group: dist.ProcessGroup, max_norm: float) -> float:
+    """Global gradient norm at ZeRO 0, and clipping to it where ``max_norm`` is above 0.
+
+    DeepSpeed averages the ranks' local norms in fp32, and leaves experts out in bf16 (its issue 8475). Here the
+    squares of this rank's experts are summed over the EP group, whose ranks hold every expert once.
+
+    Returns:
+        The norm before clipping, without the loss scale; not finite after an overflow, when nothing is clipped.
+    """
+    parameters = [p for p in engine.module.parameters() if p.grad is not None]
+    squares_2 = torch.zeros(2, device=engine.device)
+    for parameter in parameters:
+        square = torch.linalg.vector_norm(parameter.grad, dtype=torch.float32).square()
+        squares_2[int(is_expert_parameter(parameter))] += square
+    expert_square = squares_2[1].clone()
+    dist.all_reduce(expert_square, group=ep_group)
+    scale = float(getattr(engine.optimizer, "cur_scale", 1.0)) if engine.fp16_enabled() else 1.0
+    norm = float((squares_2[0] + expert_square).sqrt()) / scale
+    if max_norm > 0 and norm > max_norm and norm < float("inf"):
+        torch._foreach_mul_([p.grad for p in parameters], max_norm / (norm + 1e-6))
+    return norm
+
+
+def full_parameter(parameter: nn.Parameter, groups: ExpertGroups) -> Tensor:
+    """The whole of a parameter on every rank, whatever ZeRO stage and EP group it is spread over. Collective.
+
+    Returns:
+        A detached copy; for an expert parameter [E, ...] of all ranks' experts.
+    """
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters([parameter]):
+        whole = parameter.detach().clone()
+    if is_expert_parameter(parameter) and groups.ep_size > 1:
+        shards = [torch.empty_like(whole) for _ in range(groups.ep_size)]
+        dist.all_gather(shards, whole.contiguous(), group=groups.ep_group)
+        whole = torch.cat(shards)
+    return whole
+
+
+__all__ = [
+    "adopt_layer",
+    "clip_unpartitioned_gradients",
+    "device_mesh",
+    "expert_group_name",
+    "full_parameter",
+    "initialize",
+    "name_param_group",
+    "native_moe_layers",
+    "new_expert_groups",
+    "use_cpu",
+]

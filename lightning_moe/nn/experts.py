@@ -1,0 +1,179 @@
+"""The experts of one rank as stacked weights.
+
+Shapes: R rows in expert order, L local experts, E experts, D model width, F expert width, G = 2F where the
+activation is gated and F where it is not.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from lightning_moe.config import Activation
+from lightning_moe.parallel import ExpertGroups, mark_expert_parameter
+
+_ALIGNMENT = 16
+"""Bytes to which grouped_mm wants every row stride aligned, on the CPU too."""
+
+
+class GroupedExperts(nn.Module):
+    """Two grouped matrix products with an activation between: ``down(act(up(x)))``.
+
+    For ``swiglu``, ``w1`` holds the gate above the up projection: ``down(silu(gate(x)) * up(x))``
+    (Shazeer 2020, section 2). The names ``w1`` and ``w2`` are those under which DeepSpeed looks for experts.
+
+    Args:
+        hidden_size: D.
+        intermediate_size: F.
+        num_experts: E, over all ranks.
+        activation: ``swiglu``, ``gelu`` or ``relu``.
+        groups: Decides which experts are made here.
+
+    Attributes:
+        w1: [L, G, D].
+        w2: [L, D, F].
+        seed: Drawn once from torch's default generator, whatever the layout. Expert e of the layer is initialised
+            from (seed, e), so that its weights depend neither on the rank that owns it nor on the others.
+
+    Raises:
+        ValueError: ``num_experts`` is not divisible by the size of the EP group.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        intermediate_size: int,
+        num_experts: int,
+        activation: Activation,
+        groups: ExpertGroups,
+    ) -> None:
+        super().__init__()
+        self.activation = activation
+        self.num_experts = num_experts
+        self.expert_ids = groups.local_experts(num_experts)
+        self.seed = int(torch.randint(2**62, (), device="cpu"))
+        num_local_experts = len(self.expert_ids)
+        width = 2 * intermediate_size if activation == "swiglu" else intermediate_size
+        self.w1 = nn.Parameter(torch.empty(num_local_experts, width, hidden_size))
+        self.w2 = nn.Parameter(torch.empty(num_local_experts, hidden_size, intermediate_size))
+        self.reset_parameters()
+        self.mark(groups)
+
+    def reset_parameters(self) -> None:
+        """Draws every expert as ``nn.Linear`` does, uniform in +-1/sqrt(fan_in), from (seed, expert id)."""
+        if self.w1.is_meta:
+            return
+        generator = torch.Generator(self.w1.device)
+        for local_id, expert_id in enumerate(self.expert_ids):
+            generator.manual_seed((self.seed + expert_id) % 2**63)
+            for weight in (self.w1, self.w2):
+                bound = 1 / math.sqrt(weight.shape[-1])
+                # In fp32, so that bf16 starts at the same point; deepspeed.zero.Init overrides dtype=, hence float().
+                drawn = torch.empty(weight.shape[1:], device=weight.device).float()
+                drawn.uniform_(-bound, bound, generator=generator)
+                with torch.no_grad():
+                    weight[local_id].copy_(drawn)
+
+    def shard_(self, groups: ExpertGroups) -> None:
+        """Keeps this rank's experts of a whole set, in place: the parameters stay the same objects.
+
+        Raises:
+            ValueError: ``num_experts`` is not divisible by the size of the EP group.
+        """
+        kept = groups.local_experts(self.num_experts)
+        for weight in (self.w1, self.w2):
+            weight.data = weight.data[kept.start : kept.stop].clone()  # a view would keep the whole alive
+        self.expert_ids = kept
+
+    def mark(self, groups: ExpertGroups) -> None:
+        """Marks the parameters as experts of these groups."""
+        for weight in (self.w1, self.w2):
+            mark_expert_parameter(weight, groups.ep_size)
+            if groups.on_expert_parameter is not None:
+                groups.on_expert_parameter(weight)
+
+    def forward(self, x_RD: Tensor, tokens_per_expert_L: Tensor) -> Tensor:
+        """Runs every expert on its rows, [R, D] -> [R, D]; no rows at all keep the graph connected."""
+        w1, w2 = self.w1, self.w2
+        device_type = x_RD.device.type
+        if torch.is_autocast_enabled(device_type):  # grouped_mm is on no autocast list
+            dtype = torch.get_autocast_dtype(device_type)
+            x_RD, w1, w2 = x_RD.to(dtype), w1.to(dtype), w2.to(dtype)
+        h_RG = grouped_linear(x_RD, w1, tokens_per_expert_L)
+        return grouped_linear(activate(h_RG, self.activation), w2, tokens_per_expert_L)
+
+    def extra_repr(self) -> str:
+        """Shows which experts are here."""
+        return (
+            f"experts {self.expert_ids.start}-{self.expert_ids.stop - 1} of {self.num_experts}, "
+            f"activation={self.activation}"
+        )
+
+
+def grouped_linear(x_RD: Tensor, weight_LGD: Tensor, rows_per_group_L: Tensor) -> Tensor:
+    """``x @ weight[l].T`` for every run of rows, [R, D] -> [R, G].
+
+    On ``torch.nn.functional.grouped_mm`` where dtype and alignment allow it, by slices elsewhere.
+
+    Args:
+        x_RD: Rows, ordered by group.
+        weight_LGD: One matrix a group.
+        rows_per_group_L: Rows of every group; they sum to R.
+    """
+    if _grouped_mm_takes(x_RD, weight_LGD):
+        offsets_L = rows_per_group_L.cumsum(0).to(torch.int32)
+        y_RG: Tensor = functional.grouped_mm(x_RD, weight_LGD.transpose(-2, -1), offs=offsets_L)
+        if y_RG.requires_grad:
+            y_RG.register_hook(_contiguous)
+        return y_RG
+    runs = x_RD.split(rows_per_group_L.tolist())
+    return torch.cat([functional.linear(run, weight) for run, weight in zip(runs, weight_LGD.unbind(), strict=True)])
+
+
+def _contiguous(grad: Tensor) -> Tensor:
+    """Gradients that were expanded, as after ``sum()``, are refused by grouped_mm's backward."""
+    return grad.contiguous()
+
+
+def _grouped_mm_takes(x_RD: Tensor, weight_LGD: Tensor) -> bool:
+    if not hasattr(functional, "grouped_mm"):
+        return False
+    if x_RD.dtype not in (torch.float32, torch.bfloat16, torch.float16) or x_RD.dtype != weight_LGD.dtype:
+        return False
+    if x_RD.device.type == "cuda" and x_RD.dtype != torch.bfloat16:
+        return False  # the CUDA kernels are bf16 only
+    _, G, D = weight_LGD.shape
+    return all(width * x_RD.element_size() % _ALIGNMENT == 0 for width in (G, D))
+
+
+class SharedMLP(nn.Module):
+    """The expert that every token uses: one dense MLP.
+
+    Args:
+        hidden_size: D.
+        intermediate_size: F of the whole MLP.
+        activation: As for the routed experts.
+    """
+
+    def __init__(self, hidden_size: int, intermediate_size: int, activation: Activation) -> None:
+        super().__init__()
+        self.activation = activation
+        width = 2 * intermediate_size if activation == "swiglu" else intermediate_size
+        self.up = nn.Linear(hidden_size, width, bias=False)
+        self.down = nn.Linear(intermediate_size, hidden_size, bias=False)
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        """Applies the MLP to every token, [T, D] -> [T, D]."""
+        return cast(Tensor, self.down(activate(self.up(x_TD), self.activation)))
+
+
+def activate(h_RG: Tensor, activation: Activation) -> Tensor:
+    """The activation between the two products, [R, G] -> [R, F]; ``swiglu`` halves the width."""
+    if activation == "swiglu":
+        gate_RF, up_RF = h_RG.chunk(2, dim=-1)
+        return functional.silu(gate_RF) * up_RF
+    return functional.gelu(h_RG) if activation == "gelu" else functional.relu(h_RG)

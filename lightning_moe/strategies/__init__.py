@@ -1,0 +1,5 @@
+"""Lightning strategies."""
+
+from lightning_moe.strategies.expert_parallel import ExpertParallelStrategy
+
+__all__ = ["ExpertParallelStrategy"]
