@@ -1,11 +1,12 @@
-"""Expert parallelism for Lightning."""
+"""Expert parallelism for Lightning: a strategy, an MoE layer and callbacks for any Trainer."""
 
 from lightning.pytorch.strategies import StrategyRegistry
 
+from lightning_moe.callbacks import AuxLossCallback, ExpertLoadMonitor
 from lightning_moe.config import MoEConfig
 from lightning_moe.nn import MoE
 from lightning_moe.strategies import ExpertParallelStrategy
 
 ExpertParallelStrategy.register_strategies(StrategyRegistry)
 
-__all__ = ["ExpertParallelStrategy", "MoE", "MoEConfig"]
+__all__ = ["AuxLossCallback", "ExpertLoadMonitor", "ExpertParallelStrategy", "MoE", "MoEConfig"]

@@ -218,6 +218,12 @@ class ExpertParallelStrategy(DeepSpeedStrategy):
         return False
 
     @override
+    @contextmanager
+    def block_backward_sync(self) -> Generator[None, None, None]:
+        """Nothing to block: the engine reduces at the boundary that ``backward`` gives it, or partitions at once."""
+        yield
+
+    @override
     def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
         assert self.lightning_module is not None
         trainer = self.lightning_module.trainer

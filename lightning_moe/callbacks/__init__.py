@@ -1,0 +1,6 @@
+"""Callbacks for any Trainer whose model has MoE layers."""
+
+from lightning_moe.callbacks.aux_loss import AuxLossCallback
+from lightning_moe.callbacks.expert_load import ExpertLoadMonitor
+
+__all__ = ["AuxLossCallback", "ExpertLoadMonitor"]

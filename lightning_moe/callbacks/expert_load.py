@@ -1,0 +1,97 @@
+"""How evenly the experts are used."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import Tensor
+from typing_extensions import override
+
+from lightning_moe.callbacks._layers import is_logging_step, moe_layers, require_lightning
+from lightning_moe.nn import MoE, RoutingStats
+
+
+class ExpertLoadMonitor(L.Callback):
+    """Logs how evenly tokens spread over the experts in training.
+
+    ``moe/load_imbalance`` is the largest over the mean of ``tokens_per_expert``, averaged over the layers: 1 is
+    even, ``num_experts / top_k`` is the worst. ``moe/dropped_fraction`` is the share of assignments over capacity.
+    Both count the tokens of all ranks in the micro-batches since the last logged step, each token once; they are
+    logged every ``log_every_n_steps``, with one reduction.
+
+    Args:
+        prog_bar: Show the imbalance in the progress bar.
+
+    Raises:
+        MisconfigurationException: at fit start, where the model has no MoE layer.
+    """
+
+    def __init__(self, prog_bar: bool = True) -> None:
+        self.prog_bar = prog_bar
+        self._layers: list[MoE] = []
+        self._observers: list[_Counter] = []
+
+    @override
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        require_lightning(trainer, self)
+
+    @override
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._layers = moe_layers(pl_module)
+        if not self._layers:
+            raise MisconfigurationException(
+                f"ExpertLoadMonitor: {type(pl_module).__name__} has no lightning_moe.MoE layer to watch. Build one "
+                "in __init__ or configure_model, or leave the callback out."
+            )
+        self._observers = [_Counter(layer.num_experts, pl_module.device) for layer in self._layers]
+        for layer, observer in zip(self._layers, self._observers, strict=True):
+            layer.tap.observers.append(observer)
+
+    @override
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._release()
+
+    @override
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        self._release()
+
+    def _release(self) -> None:
+        for layer, observer in zip(self._layers, self._observers, strict=True):
+            layer.tap.observers.remove(observer)
+        self._layers, self._observers = [], []
+
+    @override
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if not is_logging_step(trainer):
+            return
+        local = torch.cat([observer.take() for observer in self._observers])
+        counts = trainer.strategy.reduce(local, reduce_op="sum")
+        imbalances, dropped_fractions = [], []
+        for layer_counts in counts.split([observer.counts.numel() for observer in self._observers]):
+            tokens_per_expert_E, num_dropped = layer_counts[:-1], layer_counts[-1]
+            total = tokens_per_expert_E.sum().clamp(min=1)
+            imbalances.append(tokens_per_expert_E.max() * tokens_per_expert_E.numel() / total)
+            dropped_fractions.append(num_dropped / total)
+        pl_module.log("moe/load_imbalance", torch.stack(imbalances).mean(), prog_bar=self.prog_bar)
+        pl_module.log("moe/dropped_fraction", torch.stack(dropped_fractions).mean())
+
+
+class _Counter:
+    """Sums one layer's tokens per expert, and behind them the dropped assignments."""
+
+    def __init__(self, num_experts: int, device: torch.device) -> None:
+        self.counts = torch.zeros(num_experts + 1, dtype=torch.float64, device=device)
+
+    def __call__(self, stats: RoutingStats) -> None:
+        self.counts[:-1] += stats.tokens_per_expert_E
+        self.counts[-1] += stats.num_dropped
+
+    def take(self) -> Tensor:
+        taken = self.counts.clone()
+        self.counts.zero_()
+        return taken

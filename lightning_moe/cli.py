@@ -1,0 +1,73 @@
+"""The command ``lightning-moe``: LightningCLI with expert parallelism as its default."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities import rank_zero_info
+from typing_extensions import override
+
+from lightning_moe.callbacks import AuxLossCallback
+from lightning_moe.data import TextDataModule
+from lightning_moe.models import MoELanguageModel
+
+
+class MoECLI(LightningCLI):
+    """Trains, validates, tests and predicts from YAML.
+
+    ``model`` and ``data`` default to this package's byte-level language model and text data; ``class_path`` puts
+    any LightningModule and LightningDataModule in their place. ``trainer.strategy`` defaults to
+    :class:`~lightning_moe.ExpertParallelStrategy`, and ``aux_loss`` configures an
+    :class:`~lightning_moe.AuxLossCallback` that is always there.
+
+    Args:
+        args: Command line, for use from Python; ``None`` is ``sys.argv``.
+        **kwargs: As for ``LightningCLI``.
+    """
+
+    def __init__(self, args: ArgsType = None, **kwargs: Any) -> None:
+        strategy = {"class_path": "lightning_moe.ExpertParallelStrategy"}
+        super().__init__(
+            model_class=L.LightningModule,
+            datamodule_class=L.LightningDataModule,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            trainer_defaults={"strategy": strategy, **kwargs.pop("trainer_defaults", {})},
+            save_config_kwargs={"overwrite": True, **kwargs.pop("save_config_kwargs", {})},
+            parser_kwargs={"description": "Train Mixture-of-Experts models with expert parallelism."},
+            args=args,
+            **kwargs,
+        )
+
+    @override
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_lightning_class_args(AuxLossCallback, "aux_loss")
+        parser.set_defaults(
+            {
+                "model": {"class_path": f"{MoELanguageModel.__module__}.{MoELanguageModel.__name__}"},
+                "data": {"class_path": f"{TextDataModule.__module__}.{TextDataModule.__name__}"},
+            }
+        )
+
+    def after_fit(self) -> None:
+        """Says where everything is."""
+        places = {f"logs ({type(logger).__name__})": logger.log_dir for logger in self.trainer.loggers}
+        if self.trainer.log_dir:
+            places["config"] = str(Path(self.trainer.log_dir) / "config.yaml")
+        checkpoint = getattr(self.trainer.checkpoint_callback, "best_model_path", "")
+        if checkpoint:
+            places["checkpoint"] = checkpoint
+        for name, place in places.items():
+            rank_zero_info(f"{name}: {place}")
+
+
+def main(args: ArgsType = None) -> None:
+    """Entry point of ``lightning-moe``."""
+    MoECLI(args)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,131 @@
+"""An EP run is the same run as that of one process over the same global batch (DESIGN 4.2)."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass, replace
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from torch.testing import assert_close
+
+from lightning_moe import AuxLossCallback, ExpertParallelStrategy
+from tests.toy import BATCH, CONFIG, Toy, ToyData, Trained, loader, train_reference
+
+LAYOUTS = [(2, 1), (2, 2), (4, 2), (4, 4)]
+STEPS = 3
+
+
+@dataclass(frozen=True)
+class Case:
+    """One cell of the grid."""
+
+    world: int
+    ep_size: int
+    stage: int
+    dispatcher: str = "allgather"
+    capacity_factor: float | None = None
+    accumulate: int = 1
+    clip: float | None = None
+    lazy: bool = False
+    precision: Any = "32-true"
+
+    def __str__(self) -> str:
+        return (
+            f"w{self.world}ep{self.ep_size}-zero{self.stage}-{self.dispatcher}-cap{self.capacity_factor}"
+            f"-acc{self.accumulate}-clip{self.clip}"
+        )
+
+
+FULL_GRID = [
+    Case(world, ep_size, stage, dispatcher, capacity, accumulate, clip)
+    for (world, ep_size), stage, dispatcher, capacity, accumulate, clip in itertools.product(
+        LAYOUTS, range(4), ("allgather", "alltoall"), (None, 1.25), (1, 3), (None, 0.3)
+    )
+]
+
+
+def pairwise(cases: list[Case]) -> list[Case]:
+    """A small part of the grid in which every pair of values of two factors occurs, chosen greedily."""
+    names = ("stage", "dispatcher", "capacity_factor", "accumulate", "clip")
+
+    def pairs(case: Case) -> set[Any]:
+        values = [("layout", (case.world, case.ep_size)), *((name, getattr(case, name)) for name in names)]
+        return set(itertools.combinations(values, 2))
+
+    missing = set().union(*(pairs(case) for case in cases))
+    chosen = []
+    while missing:
+        best = max(cases, key=lambda case: len(pairs(case) & missing))
+        chosen.append(best)
+        missing -= pairs(best)
+    return chosen
+
+
+def fit(
+    case: Case, aux: tuple[float, float] = (0.0, 0.0), steps: int = STEPS, size: int = 0, **toy: Any
+) -> Trained:
+    """Trains on this rank; every rank sees other rows."""
+    from lightning_moe.testing.state import full_state
+
+    config = replace(CONFIG, dispatcher=case.dispatcher, capacity_factor=case.capacity_factor)
+    model = Toy(config, lazy=case.lazy, **toy)
+    trainer = L.Trainer(
+        accelerator="cpu",
+        devices=case.world,
+        strategy=ExpertParallelStrategy(case.ep_size, stage=case.stage),
+        max_steps=steps,
+        accumulate_grad_batches=case.accumulate,
+        gradient_clip_val=case.clip,
+        precision=case.precision,
+        callbacks=[AuxLossCallback(*aux)],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    data = dataset(case, steps, size)
+    trainer.fit(model, loader(data, case.world, torch.distributed.get_rank()))
+    state = full_state(trainer)
+    model.eval()
+    with torch.no_grad():
+        output = trainer.strategy.model(data.x[:BATCH].to(model.dtype)).float()
+    return Trained(state, model.grad_norms, output)
+
+
+def dataset(case: Case, steps: int = STEPS, size: int = 0) -> ToyData:
+    return ToyData(size or case.world * BATCH * steps * case.accumulate)
+
+
+def assert_same(trained: Trained, reference: Trained, rtol: float = 1e-5, atol: float = 1e-6) -> None:
+    assert_close(torch.tensor(trained.grad_norms), torch.tensor(reference.grad_norms), rtol=rtol, atol=atol)
+    assert trained.state.keys() == reference.state.keys()
+    for name, expected in reference.state.items():
+        assert_close(
+            trained.state[name], expected.float(), rtol=rtol, atol=atol, msg=lambda m, n=name: f"{n}: {m}"
+        )
+    assert_close(trained.output, reference.output.float(), rtol=rtol, atol=atol)
+
+
+def check(case: Case, get_pool: Any, aux: tuple[float, float] = (0.0, 0.0), **toy: Any) -> None:
+    results = get_pool(case.world).run(fit, case, aux, **toy)
+    config = replace(CONFIG, capacity_factor=case.capacity_factor)
+    toy.pop("recompute", None)
+    reference = train_reference(
+        Toy(config, **toy), dataset(case), case.world, STEPS, case.accumulate, case.clip, *aux
+    )
+    for trained in results:  # the same on every rank
+        assert_same(trained, reference)
+
+
+@pytest.mark.parametrize("case", pairwise(FULL_GRID), ids=str)
+def test_run_is_that_of_one_process(case: Case, get_pool: Any) -> None:
+    check(case, get_pool)
+
+
+@pytest.mark.grid
+@pytest.mark.parametrize("case", FULL_GRID, ids=str)
+def test_run_is_that_of_one_process_everywhere(case: Case, get_pool: Any) -> None:
+    check(case, get_pool)
