@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from argparse import Namespace
 from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any
 
@@ -216,6 +217,20 @@ def clip_unpartitioned_gradients(engine: DeepSpeedEngine, ep_group: dist.Process
     return norm
 
 
+@contextmanager
+def plain_checkpoints(engine: DeepSpeedEngine) -> Iterator[None]:
+    """Saves and loads inside this scope as for a dense model: every rank its own partitions.
+
+    At ZeRO 3 that is already complete and exact, while the special case for experts there insists on three
+    partitioned matrices an expert and ours has two.
+    """
+    engine.has_moe_layers, before = False, engine.has_moe_layers
+    try:
+        yield
+    finally:
+        engine.has_moe_layers = before
+
+
 def full_parameter(parameter: nn.Parameter, groups: ExpertGroups) -> Tensor:
     """The whole of a parameter on every rank, whatever ZeRO stage and EP group it is spread over. Collective.
 
@@ -243,5 +258,6 @@ __all__ = [
     "name_param_group",
     "native_moe_layers",
     "new_expert_groups",
+    "plain_checkpoints",
     "use_cpu",
 ]

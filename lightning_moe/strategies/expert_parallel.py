@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Generator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -285,14 +285,19 @@ class ExpertParallelStrategy(DeepSpeedStrategy):
     @override
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
         filepath = self.broadcast(filepath)
-        super().save_checkpoint(checkpoint, filepath, storage_options)
+        with self._checkpoint_format():
+            super().save_checkpoint(checkpoint, filepath, storage_options)
         if self.is_global_zero:
             write_layout(Path(filepath), self._layout())
 
     @override
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         check_layout(Path(checkpoint_path), self._layout())
-        return super().load_checkpoint(checkpoint_path, weights_only)
+        with self._checkpoint_format():
+            return super().load_checkpoint(checkpoint_path, weights_only)
+
+    def _checkpoint_format(self) -> AbstractContextManager[None]:
+        return engine.plain_checkpoints(self.deepspeed_engine) if self._stage == 3 else nullcontext()
 
     def _layout(self) -> CheckpointLayout:
         assert self.expert_groups is not None

@@ -8,6 +8,7 @@ import gc
 import multiprocessing
 import os
 import pickle
+import shutil
 import signal
 import sys
 import threading
@@ -40,7 +41,7 @@ def rank_main(pipe: Connection, backend: str, timeout: float, log: str, stacks: 
         RuntimeError: If the process group cannot be made; the parent has then been told so.
     """
     os.setsid()
-    threading.Thread(target=_end_with_parent, name="end-with-parent", daemon=True).start()
+    threading.Thread(target=_end_with_parent, args=(log,), name="end-with-parent", daemon=True).start()
     descriptor = os.open(log, os.O_WRONLY | os.O_APPEND)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
@@ -62,10 +63,11 @@ def rank_main(pipe: Connection, backend: str, timeout: float, log: str, stacks: 
         pipe.send_bytes(_perform(message, group))
 
 
-def _end_with_parent() -> None:
+def _end_with_parent(log: str) -> None:
     parent = multiprocessing.parent_process()
     if parent is not None:
         parent.join()
+        shutil.rmtree(os.path.dirname(log), ignore_errors=True)  # what a killed parent could not do
         os.killpg(0, signal.SIGKILL)
 
 

@@ -91,7 +91,7 @@ def fit(
     state = full_state(trainer)
     model.eval()
     with torch.no_grad():
-        output = trainer.strategy.model(data.x[:BATCH].to(model.dtype)).float()
+        output = trainer.strategy.model(data.x[:BATCH].to(next(model.parameters()).dtype)).float()
     return Trained(state, model.grad_norms, output)
 
 

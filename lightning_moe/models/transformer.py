@@ -1,0 +1,138 @@
+"""A pre-norm decoder-only Transformer, whose feed-forward blocks may be Mixtures of Experts.
+
+Shapes: B batch, S sequence, D model width, H heads, C channels of one head, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from lightning_moe.config import MoEConfig
+from lightning_moe.nn import MoE, SharedMLP
+
+ROTARY_BASE = 10_000.0
+"""Wavelengths run from 2 pi to 2 pi times this (Su et al. 2021, section 3.3)."""
+
+
+def rotary_tables(sequence_length: int, head_size: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of every position's angles, both [S, C] in fp32.
+
+    Computed anew, because a buffer would be cast to bf16 with the module, where positions above 256 collide.
+
+    Args:
+        sequence_length: S, in tokens.
+        head_size: C, even.
+        device: Where to make them.
+    """
+    channels = torch.arange(0, head_size, 2, device=device, dtype=torch.float32)
+    frequencies = ROTARY_BASE ** (-channels / head_size)
+    positions_S = torch.arange(sequence_length, device=device, dtype=torch.float32)
+    angles_SC = torch.outer(positions_S, frequencies).repeat(1, 2)
+    return angles_SC.cos(), angles_SC.sin()
+
+
+def apply_rotary(x_BHSC: Tensor, cos_SC: Tensor, sin_SC: Tensor) -> Tensor:
+    """Rotates each pair of channels (c, c + C/2) by its position's angle; keeps shape and dtype."""
+    first, second = x_BHSC.float().chunk(2, dim=-1)
+    rotated_BHSC = torch.cat((-second, first), dim=-1)
+    return (x_BHSC.float() * cos_SC + rotated_BHSC * sin_SC).to(x_BHSC.dtype)
+
+
+class CausalSelfAttention(nn.Module):
+    """Multi-head attention of every position to itself and those before it.
+
+    Args:
+        hidden_size: D.
+        num_heads: H; divides D into heads of even width.
+    """
+
+    def __init__(self, hidden_size: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(hidden_size, 3 * hidden_size, bias=False)
+        self.out = nn.Linear(hidden_size, hidden_size, bias=False)
+
+    def forward(self, x_BSD: Tensor, cos_SC: Tensor, sin_SC: Tensor) -> Tensor:
+        """Attends, [B, S, D] -> [B, S, D]."""
+        B, S, D = x_BSD.shape
+        qkv = self.qkv(x_BSD).view(B, S, 3, self.num_heads, D // self.num_heads)
+        q_BHSC, k_BHSC, v_BHSC = qkv.permute(2, 0, 3, 1, 4).unbind()
+        y_BHSC = functional.scaled_dot_product_attention(
+            apply_rotary(q_BHSC, cos_SC, sin_SC), apply_rotary(k_BHSC, cos_SC, sin_SC), v_BHSC, is_causal=True
+        )
+        y_BSD: Tensor = self.out(y_BHSC.transpose(1, 2).reshape(B, S, D))
+        return y_BSD
+
+
+class Block(nn.Module):
+    """One layer: ``x + attention(norm(x))``, then ``x + feed_forward(norm(x))``.
+
+    Args:
+        hidden_size: D.
+        num_heads: H.
+        moe: Settings of the MoE feed-forward block, or of the dense one that takes its place.
+        is_moe: Whether the feed-forward block is a :class:`~lightning_moe.MoE`. If not, it is a dense SwiGLU of the
+            width that one token sees in an MoE layer, so that both cost the same.
+    """
+
+    def __init__(self, hidden_size: int, num_heads: int, moe: MoEConfig, is_moe: bool) -> None:
+        super().__init__()
+        self.attention_norm = nn.RMSNorm(hidden_size)
+        self.attention = CausalSelfAttention(hidden_size, num_heads)
+        self.feed_forward_norm = nn.RMSNorm(hidden_size)
+        self.feed_forward: nn.Module
+        if is_moe:
+            self.feed_forward = MoE(hidden_size, moe)
+        else:
+            expert_size = moe.intermediate_size or 4 * hidden_size
+            width = (moe.top_k + moe.num_shared_experts) * expert_size
+            self.feed_forward = SharedMLP(hidden_size, width, "swiglu")
+
+    def forward(self, x_BSD: Tensor, cos_SC: Tensor, sin_SC: Tensor) -> Tensor:
+        """Applies the layer, [B, S, D] -> [B, S, D]."""
+        x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD), cos_SC, sin_SC)
+        y_BSD: Tensor = x_BSD + self.feed_forward(self.feed_forward_norm(x_BSD))
+        return y_BSD
+
+
+class Transformer(nn.Module):
+    """Tokens to logits. Embedding and head are separate weights: ZeRO 3 partitions by module.
+
+    Args:
+        vocab_size: V.
+        hidden_size: D.
+        num_layers: Blocks.
+        num_heads: H.
+        moe: Settings of the MoE layers.
+        moe_every: Every ``moe_every``-th block is an MoE layer, the last of each such run; 1 is all of them.
+    """
+
+    def __init__(
+        self,
+        vocab_size: int,
+        hidden_size: int,
+        num_layers: int,
+        num_heads: int,
+        moe: MoEConfig,
+        moe_every: int,
+    ) -> None:
+        super().__init__()
+        self.head_size = hidden_size // num_heads
+        self.embedding = nn.Embedding(vocab_size, hidden_size)
+        self.blocks = nn.ModuleList(
+            Block(hidden_size, num_heads, moe, is_moe=(layer + 1) % moe_every == 0)
+            for layer in range(num_layers)
+        )
+        self.norm = nn.RMSNorm(hidden_size)
+        self.head = nn.Linear(hidden_size, vocab_size, bias=False)
+
+    def forward(self, tokens_BS: Tensor) -> Tensor:
+        """Logits of the token after each position, [B, S] -> [B, S, V]."""
+        x_BSD = self.embedding(tokens_BS)
+        cos_SC, sin_SC = rotary_tables(tokens_BS.shape[1], self.head_size, tokens_BS.device)
+        for block in self.blocks:
+            x_BSD = block(x_BSD, cos_SC, sin_SC)
+        logits_BSV: Tensor = self.head(self.norm(x_BSD))
+        return logits_BSV
