@@ -25,7 +25,7 @@ def find_files(path: str, pattern: str, exclude: Iterable[str]) -> dict[str, Pat
         exclude: Globs, on names below the folder, of what to leave out.
 
     Returns:
-        Name below the folder, with ``/`` on every system -> path, sorted by name. Folders that match are left out.
+        Name below the folder, with ``/`` on every system -> path, sorted by name; no folders.
 
     Raises:
         ValueError: There is no such path, or nothing in it matches; or the pattern is not one.
@@ -35,8 +35,8 @@ def find_files(path: str, pattern: str, exclude: Iterable[str]) -> dict[str, Pat
         return {root.name: root}
     if not root.is_dir():
         raise ValueError(
-            f"path={path!r}: {root} does not exist. Name a folder, a glob or a file of text, or 'stdlib' for Python's "
-            "own library."
+            f"path={path!r}: {root} does not exist. Name a folder, a glob or a file of text, or "
+            "'stdlib' for Python's own library."
         )
     try:
         matches = list(root.glob(pattern))
@@ -54,8 +54,8 @@ def find_files(path: str, pattern: str, exclude: Iterable[str]) -> dict[str, Pat
     if not files:
         but = f" and is not left out by exclude={exclude}" if exclude else ""
         raise ValueError(
-            f"path={path!r}: no file below {root} matches pattern={pattern!r}{but}. Change pattern, '**/*' takes every "
-            "file, or name another folder."
+            f"path={path!r}: no file below {root} matches pattern={pattern!r}{but}. Change pattern, "
+            "'**/*' takes every file, or name another folder."
         )
     return dict(sorted(files.items()))
 

@@ -7,20 +7,17 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterable, Mapping
+import os
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import lightning as L
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from typing_extensions import override
 
 from lightning_moe.data.files import find_files, read_files
-
-VOCAB_SIZE = 256
-"""Tokens are bytes."""
 
 
 class TextWindows(Dataset[Tensor]):
@@ -45,19 +42,20 @@ class TextWindows(Dataset[Tensor]):
 class TextDataModule(L.LightningDataModule):
     """Windows of bytes from text files, split into training and validation **by file**.
 
-    A batch is an int64 tensor [B, S + 1] of byte values: the first S are the input, the last S the target. The files
-    of a side are joined with a newline between them and cut into windows that do not overlap.
+    A batch is an int64 tensor [B, S + 1] of byte values: the first S are the input, the last S the target.
+    The files of a side are joined with a newline between them and cut into windows that do not overlap.
 
-    Which side a file is on depends on ``seed`` and on its path below the folder only, so that it is the same on every
-    rank and in every copy of the folder. A file that can be reached by several names counts once. Test and predict
-    loaders give the validation windows: choose a ``path`` that the model has not seen for an independent test.
+    Which side a file is on depends only on ``seed`` and on its path below the folder, so that it is the same
+    on every rank and in every copy of the folder. A file that can be reached by several names counts once.
+    Test and predict loaders give the validation windows: an independent test takes a ``path`` that training
+    has not seen.
 
     Args:
-        path: ``stdlib`` for the standard library of the running Python, without installed packages and test folders;
-            or a folder, a file, or a glob such as ``books/**/*.txt``, for which ``pattern`` is not used. (A folder
-            that is itself called ``stdlib`` is ``./stdlib``.)
+        path: ``stdlib`` for the standard library of the running Python, without installed packages and
+            tests; or a folder, or a glob such as ``books/**/*.txt``, for which ``pattern`` is not used. A
+            folder that is itself called ``stdlib`` is ``./stdlib``.
         pattern: Glob of the files below the folder.
-        exclude: Globs of paths below the folder to leave out, where ``*`` matches ``/`` too: ``["vendor/*"]``.
+        exclude: Globs of paths below the folder to leave out, such as ``vendor/*``; ``*`` matches ``/`` too.
         sequence_length: S, in bytes.
         batch_size: B, windows per rank and micro-batch.
         val_fraction: Share of the files that is held out, rounded, but at least one file on each side.
@@ -65,10 +63,14 @@ class TextDataModule(L.LightningDataModule):
         num_workers: Processes per loader.
         seed: Of the split and the shuffling.
 
+    Attributes:
+        train_files: Names, below the folder, of the training files, once :meth:`setup` has run.
+        val_files: Those of the validation files.
+
     Raises:
-        ValueError: An argument is out of its range; from :meth:`setup` also where there is no such path, no readable
-            file, no text, a single file, too little text for one window on either side or for one batch per rank. The
-            message names field, value, rule and remedy.
+        ValueError: An argument is out of its range; from :meth:`setup` also where there is no such path, no
+            readable file, no text, a single file, or too little text for one window on either side or for one
+            batch per rank. The message names field, value, rule and remedy.
     """
 
     def __init__(
@@ -94,8 +96,9 @@ class TextDataModule(L.LightningDataModule):
             )
         if max_val_bytes is not None and max_val_bytes <= sequence_length:
             raise ValueError(
-                f"max_val_bytes={max_val_bytes}: must be at least sequence_length + 1 = {sequence_length + 1}, one "
-                "window. Raise it, or leave it out to validate on all of the held-out text."
+                f"max_val_bytes={max_val_bytes}: must be at least sequence_length + 1 = "
+                f"{sequence_length + 1}, one window. Raise it, or leave it out to validate on all of the "
+                "held-out text."
             )
         if num_workers < 0:
             raise ValueError(
@@ -132,16 +135,17 @@ class TextDataModule(L.LightningDataModule):
         train_files, val_files = split_files(texts, self.val_fraction, self.seed)
         if not train_files:
             raise ValueError(
-                f"path={self.path!r}: {val_files[0]} is the only file with text, and the split is by file, so that "
-                "validation files were never seen. Cut it into several files, or name a folder with at least two."
+                f"path={self.path!r}: {val_files[0]} is the only file with text, and the split "
+                "is by file, so that validation text was never seen. Cut it into several files, or name a "
+                "folder with more."
             )
         train_text = join_texts(texts[name] for name in train_files)
         val_text = join_texts(texts[name] for name in val_files)[: self.max_val_bytes]
         window_size = self.sequence_length + 1
         if min(len(train_text), len(val_text)) < window_size:
             raise ValueError(
-                f"sequence_length={self.sequence_length}: one window takes {window_size} bytes, and there are "
-                f"{len(train_text)} bytes in {len(train_files)} training files and {len(val_text)} in "
+                f"sequence_length={self.sequence_length}: one window takes {window_size} bytes, and there "
+                f"are {len(train_text)} bytes in {len(train_files)} training files and {len(val_text)} in "
                 f"{len(val_files)} validation files. Lower sequence_length, add text, or change val_fraction="
                 f"{self.val_fraction} or seed={self.seed}, which choose the files."
             )
@@ -199,7 +203,7 @@ _DEFAULTS = {"sequence_length": 128, "batch_size": 16}
 def split_files(names: Iterable[str], val_fraction: float, seed: int) -> tuple[list[str], list[str]]:
     """Splits file names into training and validation, each sorted.
 
-    The names are ordered by a hash of (seed, name), and the first are held out: an added file moves few others.
+    They are ordered by a hash of (seed, name), and the first are held out: an added file moves few others.
 
     Args:
         names: Paths below the folder.
@@ -207,13 +211,18 @@ def split_files(names: Iterable[str], val_fraction: float, seed: int) -> tuple[l
         seed: Chooses another split.
 
     Returns:
-        Training and validation names; at least one in each where there are two, none in training where there is one.
+        Training and validation names; at least one in each where there are two; one alone is in validation.
     """
-    shuffled = sorted(names, key=lambda name: hashlib.sha256(f"{seed}:{name}".encode()).digest())
+
+    def hash_of(name: str) -> bytes:
+        # fsencode: a file's name may be no valid UTF-8.
+        return hashlib.sha256(b"%d:%b" % (seed, os.fsencode(name))).digest()
+
+    shuffled = sorted(names, key=hash_of)
     num_val = max(1, min(len(shuffled) - 1, math.floor(val_fraction * len(shuffled) + 0.5)))
     return sorted(shuffled[num_val:]), sorted(shuffled[:num_val])
 
 
 def join_texts(texts: Iterable[bytes]) -> Tensor:
     """The texts with a newline between them, as uint8 [bytes]."""
-    return torch.from_numpy(np.frombuffer(bytearray(b"\n".join(texts)), dtype=np.uint8))
+    return torch.frombuffer(bytearray(b"\n".join(texts)), dtype=torch.uint8)

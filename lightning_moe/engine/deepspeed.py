@@ -10,6 +10,7 @@ from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache, partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -194,6 +195,13 @@ def initialize(
     return initialized, wrapped
 
 
+def cast_parameters(model: nn.Module, dtype: torch.dtype) -> None:
+    """Casts the parameters and leaves the buffers, as the engine does in mixed precision."""
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(dtype)
+
+
 def clip_unpartitioned_gradients(engine: DeepSpeedEngine, ep_group: dist.ProcessGroup, max_norm: float) -> float:
     """Global gradient norm at ZeRO 0, and clipping to it where ``max_norm`` is above 0.
 
@@ -231,6 +239,46 @@ def plain_checkpoints(engine: DeepSpeedEngine) -> Iterator[None]:
         engine.has_moe_layers = before
 
 
+def save_partitions(engine: DeepSpeedEngine, checkpoint: Path) -> None:
+    """Writes this rank's parts of a ZeRO-3 module's weights and its buffers beside DeepSpeed's own files.
+
+    DeepSpeed keeps the weights of ZeRO 3 in the optimizer's files alone, in an order that depends on the optimizer's
+    groups, so that evaluation, which has no optimizer, could not load them.
+    """
+    parts = {name: p.ds_tensor.detach().cpu() for name, p in engine.module.named_parameters()}
+    torch.save(parts | dict(engine.module.named_buffers()), checkpoint / _partition_file())
+
+
+def load_partitions(engine: DeepSpeedEngine, checkpoint: Path, tag: str) -> dict[str, Any]:
+    """Reads what :func:`save_partitions` wrote, in the same layout.
+
+    Returns:
+        What Lightning stored beside the weights.
+
+    Raises:
+        FileNotFoundError: the checkpoint has no such file.
+    """
+    from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
+
+    path = checkpoint / _partition_file()
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"ckpt_path={str(checkpoint)!r}: has no {path.name}, the weights that evaluation with ZeRO 3 loads. "
+            "Save it anew with ExpertParallelStrategy, by trainer.fit(ckpt_path=...) and trainer.save_checkpoint."
+        )
+    parts = torch.load(path, map_location="cpu", weights_only=True)
+    for name, parameter in engine.module.named_parameters():
+        parameter.ds_tensor.data.copy_(parts[name])
+    for name, buffer in engine.module.named_buffers():
+        buffer.copy_(parts[name])
+    saved: dict[str, Any] = TorchCheckpointEngine().load(engine._get_ckpt_name(str(checkpoint), tag), "cpu")
+    return saved
+
+
+def _partition_file() -> str:
+    return f"zero3_weights_rank_{dist.get_rank():05d}.pt"
+
+
 def full_parameter(parameter: nn.Parameter, groups: ExpertGroups) -> Tensor:
     """The whole of a parameter on every rank, whatever ZeRO stage and EP group it is spread over. Collective.
 
@@ -250,14 +298,17 @@ def full_parameter(parameter: nn.Parameter, groups: ExpertGroups) -> Tensor:
 
 __all__ = [
     "adopt_layer",
+    "cast_parameters",
     "clip_unpartitioned_gradients",
     "device_mesh",
     "expert_group_name",
     "full_parameter",
     "initialize",
+    "load_partitions",
     "name_param_group",
     "native_moe_layers",
     "new_expert_groups",
     "plain_checkpoints",
+    "save_partitions",
     "use_cpu",
 ]

@@ -11,7 +11,6 @@ from dataclasses import asdict
 from typing import Any
 
 import lightning as L
-import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.optim import AdamW, Optimizer
@@ -29,12 +28,13 @@ NUM_BYTES = 256
 class MoELanguageModel(L.LightningModule):
     """A decoder-only Transformer over bytes with Mixture-of-Experts feed-forward blocks.
 
-    Pre-norm (RMSNorm), rotary positions, AdamW with linear warm-up and cosine decay over the whole run. A batch is
-    int64 [B, S + 1]: the first S tokens are the input, the last S the target, and losses are in nats per byte. The
-    auxiliary losses of the routers are :class:`~lightning_moe.AuxLossCallback`'s business.
+    Pre-norm (RMSNorm), rotary positions, AdamW with linear warm-up and cosine decay over the whole run. A
+    batch is int64 [B, S + 1]: the first S tokens are the input, the last S the target, and losses are in nats
+    per byte. The auxiliary losses of the routers are :class:`~lightning_moe.AuxLossCallback`'s business.
 
     The layers are made in :meth:`configure_model`, which every Trainer calls, so that under
-    :class:`~lightning_moe.ExpertParallelStrategy` a rank makes its own experts only. Without a Trainer, call it once.
+    :class:`~lightning_moe.ExpertParallelStrategy` a rank makes its own experts only. Without a Trainer, call
+    it once.
 
     Args:
         moe: Settings of the MoE layers.
@@ -42,7 +42,7 @@ class MoELanguageModel(L.LightningModule):
         hidden_size: Model width.
         num_layers: Transformer blocks.
         num_heads: Attention heads; they divide ``hidden_size`` into even widths.
-        moe_every: Every such block is an MoE layer, the others are dense at the same compute; 1 is all of them.
+        moe_every: Every such block is an MoE layer, the others are dense at equal compute; 1 is all of them.
         learning_rate: At its peak, after the warm-up.
         weight_decay: Of matrices, those of the experts and routers included; norms and embeddings have none.
         warmup_steps: Optimizer steps of linear warm-up.
@@ -130,7 +130,7 @@ class MoELanguageModel(L.LightningModule):
 
     @override
     def configure_optimizers(self) -> dict[str, Any]:  # type: ignore[override]
-        """AdamW with a group that decays and one that does not, and a learning rate that changes every step."""
+        """AdamW with a group that decays and one that does not; the learning rate changes every step."""
         not_decayed = {
             id(parameter)
             for module in self.modules()
@@ -167,15 +167,15 @@ class MoELanguageModel(L.LightningModule):
     ) -> str:
         """Continues a prompt, byte by byte.
 
-        Every rank of an EP group has to call it with the same arguments: each forward is collective, so that all do
-        the same number of them and nothing ends the text early. All ranks return the same text.
+        Every rank of an EP group has to call it with the same arguments: each forward is collective, so that
+        all do the same number of them and nothing ends the text early. All ranks return the same text.
 
         Args:
             prompt: Text to continue; empty starts after a newline.
             max_new_bytes: Bytes to add.
             temperature: Divides the logits; 0 takes the most likely byte.
             seed: Of the sampling.
-            context_length: Bytes that the model sees at once: the ``sequence_length`` that it was trained with.
+            context_length: Bytes that the model sees at once: the ``sequence_length`` of its training.
 
         Returns:
             Prompt and continuation; bytes that are not UTF-8 become U+FFFD.
@@ -183,13 +183,13 @@ class MoELanguageModel(L.LightningModule):
         Raises:
             ValueError: ``max_new_bytes`` or ``temperature`` is negative, or ``context_length`` below 1.
         """
-        for name, value, least in (
-            ("max_new_bytes", max_new_bytes, 0),
-            ("temperature", temperature, 0),
-            ("context_length", context_length, 1),
+        for name, value, least, example in (
+            ("max_new_bytes", max_new_bytes, 0, 200),
+            ("temperature", temperature, 0, 0.8),
+            ("context_length", context_length, 1, 128),
         ):
             if not value >= least:
-                raise ValueError(f"{name}={value}: must be at least {least}.")
+                raise ValueError(f"{name}={value}: must be at least {least}. Use {example}, for example.")
         text = prompt.encode() if isinstance(prompt, str) else prompt
         was_training = self.training
         self.eval()
@@ -233,8 +233,8 @@ def _check(vocab_size: int, hidden_size: int, num_layers: int, num_heads: int, m
             raise ValueError(f"{name}={value}: must be at least 1. Use {example}, for example.")
     if hidden_size % (2 * num_heads):
         raise ValueError(
-            f"num_heads={num_heads}: must divide hidden_size={hidden_size} into even widths, for rotary positions. "
-            f"Use a hidden_size that is a multiple of {2 * num_heads}, or fewer heads."
+            f"num_heads={num_heads}: must divide hidden_size={hidden_size} into even widths, for rotary "
+            f"positions. Use a hidden_size that is a multiple of {2 * num_heads}, or fewer heads."
         )
     if not 1 <= moe_every <= num_layers:
         raise ValueError(

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from typing_extensions import override
 
 from lightning_moe.config import MoEConfig
 from lightning_moe.nn import MoE, SharedMLP
@@ -38,6 +39,22 @@ def apply_rotary(x_BHSC: Tensor, cos_SC: Tensor, sin_SC: Tensor) -> Tensor:
     first, second = x_BHSC.float().chunk(2, dim=-1)
     rotated_BHSC = torch.cat((-second, first), dim=-1)
     return (x_BHSC.float() * cos_SC + rotated_BHSC * sin_SC).to(x_BHSC.dtype)
+
+
+class Embedding(nn.Embedding):
+    """An embedding that starts small, so that the first blocks are heard beside it on the residual stream."""
+
+    @override
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.weight, std=0.02)
+
+
+class Head(nn.Linear):
+    """A projection to logits that starts small, so that the first loss is that of a uniform guess."""
+
+    @override
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.weight, std=0.02)
 
 
 class CausalSelfAttention(nn.Module):
@@ -73,8 +90,8 @@ class Block(nn.Module):
         hidden_size: D.
         num_heads: H.
         moe: Settings of the MoE feed-forward block, or of the dense one that takes its place.
-        is_moe: Whether the feed-forward block is a :class:`~lightning_moe.MoE`. If not, it is a dense SwiGLU of the
-            width that one token sees in an MoE layer, so that both cost the same.
+        is_moe: Whether the feed-forward block is a :class:`~lightning_moe.MoE`. If not, it is a dense SwiGLU
+            of the width that one token sees in an MoE layer, so that both cost the same.
     """
 
     def __init__(self, hidden_size: int, num_heads: int, moe: MoEConfig, is_moe: bool) -> None:
@@ -120,13 +137,13 @@ class Transformer(nn.Module):
     ) -> None:
         super().__init__()
         self.head_size = hidden_size // num_heads
-        self.embedding = nn.Embedding(vocab_size, hidden_size)
+        self.embedding = Embedding(vocab_size, hidden_size)
         self.blocks = nn.ModuleList(
             Block(hidden_size, num_heads, moe, is_moe=(layer + 1) % moe_every == 0)
             for layer in range(num_layers)
         )
         self.norm = nn.RMSNorm(hidden_size)
-        self.head = nn.Linear(hidden_size, vocab_size, bias=False)
+        self.head = Head(hidden_size, vocab_size, bias=False)
 
     def forward(self, tokens_BS: Tensor) -> Tensor:
         """Logits of the token after each position, [B, S] -> [B, S, V]."""

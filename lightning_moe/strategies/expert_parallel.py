@@ -8,10 +8,10 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import torch
 from lightning.fabric.utilities.seed import reset_seed
 from lightning.pytorch.accelerators import CPUAccelerator
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.enums import GradClipAlgorithmType
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
@@ -269,16 +269,15 @@ class ExpertParallelStrategy(DeepSpeedStrategy):
 
     @override
     def _initialize_deepspeed_inference(self, model: nn.Module) -> None:
-        assert isinstance(self.config, dict) and self.lightning_module is not None
-        keys = ["fp16", "bf16"]
-        optimizer = None
+        assert isinstance(self.config, dict)
         if self._stage == 3:
-            keys += ["zero_allow_untested_optimizer", "zero_optimization"]
-            if self.lightning_module.trainer.ckpt_path is not None:
-                # ZeRO 3 keeps its weights with the optimizer's, and an engine without one loads no checkpoint.
-                optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+            keys = ["fp16", "bf16", "zero_allow_untested_optimizer", "zero_optimization"]
+        else:
+            # With a bf16 config but no optimizer the engine makes one, and that refuses experts.
+            keys = []
+            engine.cast_parameters(model, self.precision_plugin._desired_dtype)
         config = {"train_micro_batch_size_per_gpu": 1, **{k: self.config[k] for k in keys if k in self.config}}
-        self.model, _ = engine.initialize(model, config, self.root_device, optimizer=optimizer)
+        self.model, _ = engine.initialize(model, config, self.root_device)
 
     # ----------------------------------------------------------------------------------- checkpoints
 
@@ -287,12 +286,18 @@ class ExpertParallelStrategy(DeepSpeedStrategy):
         filepath = self.broadcast(filepath)
         with self._checkpoint_format():
             super().save_checkpoint(checkpoint, filepath, storage_options)
+        if self._stage == 3:
+            engine.save_partitions(self.deepspeed_engine, Path(filepath))
         if self.is_global_zero:
             write_layout(Path(filepath), self._layout())
+        self.barrier()  # nobody goes on to load what another rank has not finished writing
 
     @override
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         check_layout(Path(checkpoint_path), self._layout())
+        assert self.lightning_module is not None
+        if self._stage == 3 and self.lightning_module.trainer.state.fn != TrainerFn.FITTING:
+            return engine.load_partitions(self.deepspeed_engine, Path(checkpoint_path), tag="checkpoint")
         with self._checkpoint_format():
             return super().load_checkpoint(checkpoint_path, weights_only)
 

@@ -182,7 +182,7 @@ def saved_and_resumed(folder: str, stage: int, precision: Any) -> tuple[list[flo
             losses.append(float(loss))
             return loss
 
-    data, validation = loader(ToyData(8 * 6), 2, rank()), loader(ToyData(16, seed=9), 2, rank())
+    data, validation = loader(ToyData(8 * 3), 2, rank()), loader(ToyData(16, seed=9), 2, rank())
     saver = ModelCheckpoint(folder, filename="{step}", every_n_train_steps=3, save_top_k=-1, monitor=None)
     common: dict[str, Any] = {"precision": precision, "enable_checkpointing": True, "gradient_clip_val": 0.3}
     trainer = trainer_for(stage=stage, max_steps=6, callbacks=[AuxLossCallback(), saver], **common)
@@ -191,7 +191,7 @@ def saved_and_resumed(folder: str, stage: int, precision: Any) -> tuple[list[flo
     losses.clear()
     trainer = trainer_for(stage=stage, max_steps=6, callbacks=[AuxLossCallback()], enable_checkpointing=False,
                           precision=precision, gradient_clip_val=0.3)  # fmt: skip
-    trainer.fit(Recording(scheduler=warmup), loader(ToyData(8 * 6), 2, rank()), ckpt_path=path)
+    trainer.fit(Recording(scheduler=warmup), loader(ToyData(8 * 3), 2, rank()), ckpt_path=path)
     resumed = list(losses)
     live = trainer.validate(trainer.lightning_module, validation, verbose=False)
     last = str(Path(folder) / "last.ckpt")
