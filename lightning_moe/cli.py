@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import re
+import warnings
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from typing_extensions import override
 
 from lightning_moe.callbacks import AuxLossCallback
-from lightning_moe.data import TextDataModule
-from lightning_moe.models import MoELanguageModel
+from lightning_moe.engine.deepspeed import prepare_import
+
+_OTHERS_DEPRECATIONS = (
+    r".*all_gather_into_tensor.* is deprecated",  # DeepSpeed 0.19 on torch 2.13
+    r".*reduce_scatter_tensor.* is deprecated",
+    r".*isinstance\(treespec, LeafSpec\).* is deprecated",  # Lightning 2.6 on torch 2.13
+)
+"""Warnings about calls that others make, at which a user of the command can do nothing."""
 
 
 class MoECLI(LightningCLI):
@@ -29,6 +38,7 @@ class MoECLI(LightningCLI):
     """
 
     def __init__(self, args: ArgsType = None, **kwargs: Any) -> None:
+        prepare_import()
         strategy = {"class_path": "lightning_moe.ExpertParallelStrategy"}
         super().__init__(
             model_class=L.LightningModule,
@@ -47,10 +57,19 @@ class MoECLI(LightningCLI):
         parser.add_lightning_class_args(AuxLossCallback, "aux_loss")
         parser.set_defaults(
             {
-                "model": {"class_path": f"{MoELanguageModel.__module__}.{MoELanguageModel.__name__}"},
-                "data": {"class_path": f"{TextDataModule.__module__}.{TextDataModule.__name__}"},
+                "model": {"class_path": "lightning_moe.models.MoELanguageModel"},
+                "data": {"class_path": "lightning_moe.data.TextDataModule"},
             }
         )
+
+    @override
+    def instantiate_classes(self) -> None:
+        try:
+            super().instantiate_classes()
+        except (ValueError, MisconfigurationException) as error:
+            # What a setting's own check says, out of the list of types and values that jsonargparse puts around it.
+            found = [said for said in re.findall(r"^  - (.+)$", str(error), re.M) if not said.startswith("Expected a ")]
+            self.parser.error("\n".join(found) or str(error))
 
     def after_fit(self) -> None:
         """Says where everything is."""
@@ -66,6 +85,8 @@ class MoECLI(LightningCLI):
 
 def main(args: ArgsType = None) -> None:
     """Entry point of ``lightning-moe``."""
+    for message in _OTHERS_DEPRECATIONS:
+        warnings.filterwarnings("ignore", message=message)
     MoECLI(args)
 
 

@@ -2,5 +2,6 @@
 
 from lightning_moe.callbacks.aux_loss import AuxLossCallback
 from lightning_moe.callbacks.expert_load import ExpertLoadMonitor
+from lightning_moe.callbacks.sample_text import SampleText
 
-__all__ = ["AuxLossCallback", "ExpertLoadMonitor"]
+__all__ = ["AuxLossCallback", "ExpertLoadMonitor", "SampleText"]

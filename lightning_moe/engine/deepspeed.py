@@ -6,6 +6,7 @@ that is an ``AutoEPMoELayer`` trains and saves right with every ZeRO stage, so t
 
 from __future__ import annotations
 
+import os
 from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,6 +25,12 @@ from lightning_moe.parallel import ExpertGroups, Topology, expert_group_name, is
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
+
+
+def prepare_import() -> None:
+    """Tells DeepSpeed what it would find out with a warning, and only when it is first imported: there is no GPU."""
+    if not torch.accelerator.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 
 def use_cpu() -> None:
@@ -309,6 +316,7 @@ __all__ = [
     "native_moe_layers",
     "new_expert_groups",
     "plain_checkpoints",
+    "prepare_import",
     "save_partitions",
     "use_cpu",
 ]

@@ -1,6 +1,7 @@
 """A pre-norm decoder-only Transformer, whose feed-forward blocks may be Mixtures of Experts.
 
-Shapes: B batch, S sequence, D model width, H heads, C channels of one head, V vocabulary.
+Shapes: B batch, S sequence, D model width, H heads, C channels of one head, P = C / 2 pairs of
+channels, V vocabulary.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ ROTARY_BASE = 10_000.0
 
 
 def rotary_tables(sequence_length: int, head_size: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of every position's angles, both [S, C] in fp32.
+    """Cosines and sines of every position's angles, both [S, C / 2] in fp32.
 
     Computed anew, because a buffer would be cast to bf16 with the module, where positions above 256 collide.
 
@@ -27,18 +28,18 @@ def rotary_tables(sequence_length: int, head_size: int, device: torch.device) ->
         head_size: C, even.
         device: Where to make them.
     """
-    channels = torch.arange(0, head_size, 2, device=device, dtype=torch.float32)
-    frequencies = ROTARY_BASE ** (-channels / head_size)
+    channels_P = torch.arange(0, head_size, 2, device=device, dtype=torch.float32)
+    frequencies_P = ROTARY_BASE ** (-channels_P / head_size)
     positions_S = torch.arange(sequence_length, device=device, dtype=torch.float32)
-    angles_SC = torch.outer(positions_S, frequencies).repeat(1, 2)
-    return angles_SC.cos(), angles_SC.sin()
+    angles_SP = torch.outer(positions_S, frequencies_P)
+    return angles_SP.cos(), angles_SP.sin()
 
 
-def apply_rotary(x_BHSC: Tensor, cos_SC: Tensor, sin_SC: Tensor) -> Tensor:
+def apply_rotary(x_BHSC: Tensor, cos_SP: Tensor, sin_SP: Tensor) -> Tensor:
     """Rotates each pair of channels (c, c + C/2) by its position's angle; keeps shape and dtype."""
-    first, second = x_BHSC.float().chunk(2, dim=-1)
-    rotated_BHSC = torch.cat((-second, first), dim=-1)
-    return (x_BHSC.float() * cos_SC + rotated_BHSC * sin_SC).to(x_BHSC.dtype)
+    a_BHSP, b_BHSP = x_BHSC.float().chunk(2, dim=-1)
+    rotated = torch.cat((a_BHSP * cos_SP - b_BHSP * sin_SP, b_BHSP * cos_SP + a_BHSP * sin_SP), dim=-1)
+    return rotated.to(x_BHSC.dtype)
 
 
 class Embedding(nn.Embedding):
@@ -71,13 +72,13 @@ class CausalSelfAttention(nn.Module):
         self.qkv = nn.Linear(hidden_size, 3 * hidden_size, bias=False)
         self.out = nn.Linear(hidden_size, hidden_size, bias=False)
 
-    def forward(self, x_BSD: Tensor, cos_SC: Tensor, sin_SC: Tensor) -> Tensor:
+    def forward(self, x_BSD: Tensor, cos_SP: Tensor, sin_SP: Tensor) -> Tensor:
         """Attends, [B, S, D] -> [B, S, D]."""
         B, S, D = x_BSD.shape
         qkv = self.qkv(x_BSD).view(B, S, 3, self.num_heads, D // self.num_heads)
         q_BHSC, k_BHSC, v_BHSC = qkv.permute(2, 0, 3, 1, 4).unbind()
         y_BHSC = functional.scaled_dot_product_attention(
-            apply_rotary(q_BHSC, cos_SC, sin_SC), apply_rotary(k_BHSC, cos_SC, sin_SC), v_BHSC, is_causal=True
+            apply_rotary(q_BHSC, cos_SP, sin_SP), apply_rotary(k_BHSC, cos_SP, sin_SP), v_BHSC, is_causal=True
         )
         y_BSD: Tensor = self.out(y_BHSC.transpose(1, 2).reshape(B, S, D))
         return y_BSD
@@ -107,9 +108,9 @@ class Block(nn.Module):
             width = (moe.top_k + moe.num_shared_experts) * expert_size
             self.feed_forward = SharedMLP(hidden_size, width, "swiglu")
 
-    def forward(self, x_BSD: Tensor, cos_SC: Tensor, sin_SC: Tensor) -> Tensor:
+    def forward(self, x_BSD: Tensor, cos_SP: Tensor, sin_SP: Tensor) -> Tensor:
         """Applies the layer, [B, S, D] -> [B, S, D]."""
-        x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD), cos_SC, sin_SC)
+        x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD), cos_SP, sin_SP)
         y_BSD: Tensor = x_BSD + self.feed_forward(self.feed_forward_norm(x_BSD))
         return y_BSD
 
@@ -148,8 +149,8 @@ class Transformer(nn.Module):
     def forward(self, tokens_BS: Tensor) -> Tensor:
         """Logits of the token after each position, [B, S] -> [B, S, V]."""
         x_BSD = self.embedding(tokens_BS)
-        cos_SC, sin_SC = rotary_tables(tokens_BS.shape[1], self.head_size, tokens_BS.device)
+        cos_SP, sin_SP = rotary_tables(tokens_BS.shape[1], self.head_size, tokens_BS.device)
         for block in self.blocks:
-            x_BSD = block(x_BSD, cos_SC, sin_SC)
+            x_BSD = block(x_BSD, cos_SP, sin_SP)
         logits_BSV: Tensor = self.head(self.norm(x_BSD))
         return logits_BSV

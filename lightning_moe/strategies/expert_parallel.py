@@ -74,6 +74,7 @@ class ExpertParallelStrategy(DeepSpeedStrategy):
             )
         if stage not in (0, 1, 2, 3):
             raise ValueError(f"stage={stage!r}: must be 0, 1, 2 or 3. Use 1 to shard optimizer states.")
+        engine.prepare_import()
         super().__init__(stage=stage, **deepspeed_kwargs)
         self.expert_parallel_size = expert_parallel_size
         self.expert_groups: ExpertGroups | None = None

@@ -271,8 +271,8 @@ def test_a_file_without_permission_is_left_out(folder: Path, monkeypatch: pytest
         (
             {"sequence_length": 7, "max_val_bytes": 7},
             (
-                "max_val_bytes=7: must be at least sequence_length + 1 = 8, one window. Raise it, or leave it out "
-                "to validate on all of the held-out text."
+                "max_val_bytes=7: must be at least sequence_length + 1 = 8, one window. Raise it, or leave "
+                "it out to validate on all of the held-out text."
             ),
         ),
     ],
@@ -361,8 +361,8 @@ def test_a_single_file(folder: Path) -> None:
 def test_sequence_length_longer_than_the_text(folder: Path) -> None:
     expected = (
         "sequence_length=1000: one window takes 1001 bytes, and there are 3215 bytes in 16 training files "
-        "and 803 in 4 validation files. Lower sequence_length, add text, or change val_fraction=0.2 or seed=0, "
-        "which choose the files."
+        "and 803 in 4 validation files. Lower sequence_length, add text, or change val_fraction=0.2 or "
+        "seed=0, which choose the files."
     )
     with pytest.raises(ValueError, match=message(expected)):
         make(folder, sequence_length=1000).setup("validate")

@@ -51,11 +51,11 @@ def trainer(**settings: Any) -> L.Trainer:
 
 
 def test_logits_have_a_row_per_position() -> None:
-    assert make()(torch.zeros(3, 5, dtype=torch.int64)).shape == (3, 5, 256)
+    assert make().eval()(torch.zeros(3, 5, dtype=torch.int64)).shape == (3, 5, 256)
 
 
 def test_the_first_loss_is_that_of_a_uniform_guess() -> None:
-    loss = make(hidden_size=64).token_losses(text(32, 64)).mean()
+    loss = make(hidden_size=64).eval().token_losses(text(32, 64)).mean()
     assert loss.item() == pytest.approx(math.log(256), abs=0.1)
 
 
@@ -78,8 +78,8 @@ def test_the_order_of_earlier_bytes_matters() -> None:
 
 def test_rotary_scores_depend_on_the_distance_only() -> None:
     q_C, k_C = torch.randn(2, 8).unbind()
-    cos_SC, sin_SC = rotary_tables(12, 8, torch.device("cpu"))
-    q_SC, k_SC = (apply_rotary(x_C.expand(12, 8), cos_SC, sin_SC) for x_C in (q_C, k_C))
+    cos_SP, sin_SP = rotary_tables(12, 8, torch.device("cpu"))
+    q_SC, k_SC = (apply_rotary(x_C.expand(12, 8), cos_SP, sin_SP) for x_C in (q_C, k_C))
     scores_SS = q_SC @ k_SC.T
     for distance in range(12):
         diagonal = scores_SS.diagonal(-distance)
@@ -113,7 +113,7 @@ def test_a_forward_before_configure_model() -> None:
 
 
 def test_losses_are_fp32_in_bf16() -> None:
-    losses = make().bfloat16().token_losses(text(2, 5))
+    losses = make().eval().bfloat16().token_losses(text(2, 5))
     assert losses.dtype == torch.float32
     assert losses.shape == (2, 5)
 
@@ -136,14 +136,18 @@ def test_token_losses_are_those_of_the_next_byte() -> None:
         ({"num_heads": 0}, "num_heads=0: must be at least 1. Use 4, for example."),
         (
             {"hidden_size": 12, "num_heads": 4},
-            "num_heads=4: must divide hidden_size=12 into even widths, for rotary positions. Use a hidden_size that "
-            "is a multiple of 8, or fewer heads.",
+            (
+                "num_heads=4: must divide hidden_size=12 into even widths, for rotary positions. Use a "
+                "hidden_size that is a multiple of 8, or fewer heads."
+            ),
         ),
         *(
             (
                 {"moe_every": value},
-                f"moe_every={value}: must be from 1 to num_layers=2, or no layer would be an MoE. Use 1 for MoE in "
-                "every layer.",
+                (
+                    f"moe_every={value}: must be from 1 to num_layers=2, or no layer would be an MoE. Use 1 "
+                    "for MoE in every layer."
+                ),
             )
             for value in (0, 3)
         ),
@@ -202,10 +206,9 @@ def test_predict_gives_a_loss_per_sequence() -> None:
 
 def test_every_parameter_is_in_one_optimizer_group() -> None:
     model = make(moe_every=2, num_layers=4)
-    model.trainer = trainer(max_steps=10)
-    model.trainer.strategy.connect(model)
-    model.trainer.fit_loop.setup_data = lambda: None  # type: ignore[method-assign]
-    groups = model.configure_optimizers()["optimizer"].param_groups
+    fit = trainer(max_steps=1)
+    fit.fit(model, loader(text()))
+    groups = fit.optimizers[0].param_groups
     ids = [id(parameter) for group in groups for parameter in group["params"]]
     assert sorted(ids) == sorted(id(parameter) for parameter in model.parameters())
     decayed, kept = groups
