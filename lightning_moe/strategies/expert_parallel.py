@@ -266,6 +266,12 @@ class ExpertParallelStrategy(DeepSpeedStrategy):
         if self._stage == 0:
             self.config["gradient_clipping"] = 0.0  # clipped in optimizer_step instead
 
+    @override
+    def _auto_select_batch_size(self) -> int:
+        # DeepSpeed only logs it. The parent asks the user's loader, once more than it should, and one that has no
+        # batch sampler makes it fail.
+        return 1
+
     # ------------------------------------------------------------------------------------ evaluation
 
     @override

@@ -158,7 +158,7 @@ def through_experts(name: str, ep_size: int, case: str) -> None:
 
     def run(name: str, groups: ExpertGroups, dtype: torch.dtype) -> dict[str, Tensor]:
         experts = make_experts(groups).to(dtype)
-        x, scores = x_TD.to(dtype).requires_grad_(), scores_TK.to(dtype).requires_grad_()
+        x, scores = (value.to(dtype, copy=True).requires_grad_() for value in (x_TD, scores_TK))
         dispatcher = make_dispatcher(name, E, groups)
         state = dispatcher.dispatch(x, ids_TK, scores, kept_TK)
         y = dispatcher.combine(experts(state.x_RD, state.tokens_per_expert_L), state)

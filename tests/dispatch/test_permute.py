@@ -118,7 +118,7 @@ def looped_unpermute(y_RD: Tensor, scores_TK: Tensor, plan: Permutation) -> Tens
             if row < len(y_RD):
                 y_D = y_D + scores_TK[t, k] * y_RD[row]
         out.append(y_D)
-    return torch.stack(out) if out else y_RD.new_zeros(0, y_RD.shape[1])
+    return torch.stack(out) if out else y_RD[:0]
 
 
 @given(routes())

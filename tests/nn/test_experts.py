@@ -1,0 +1,349 @@
+"""The grouped experts against a plain loop in float64, and their initialisation in every layout."""
+
+from __future__ import annotations
+
+import copy
+import math
+import re
+from itertools import pairwise
+from typing import get_args
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.testing import assert_close
+
+from lightning_moe import MoE, MoEConfig
+from lightning_moe.config import Activation
+from lightning_moe.nn import GroupedExperts, SharedMLP, experts as experts_module
+from lightning_moe.nn.experts import grouped_linear
+from lightning_moe.parallel import (
+    SINGLE_RANK,
+    ExpertGroups,
+    building_for,
+    expert_group_name,
+    is_expert_parameter,
+)
+
+ACTIVATIONS = get_args(Activation)
+COUNTS = [3, 0, 5, 1]
+
+
+def make(
+    width: int = 8, inner: int = 12, activation: Activation = "swiglu", groups: ExpertGroups = SINGLE_RANK
+) -> GroupedExperts:
+    torch.manual_seed(7)
+    return GroupedExperts(width, inner, len(COUNTS), activation, groups)
+
+
+def erf_gelu(h: Tensor) -> Tensor:
+    return 0.5 * h * (1 + torch.erf(h / math.sqrt(2)))
+
+
+def looped(x_RD: Tensor, w1_LGD: Tensor, w2_LDF: Tensor, counts: list[int], activation: str) -> Tensor:
+    rows, first = [], 0
+    for expert, count in enumerate(counts):
+        for x_D in x_RD[first : first + count]:
+            h = w1_LGD[expert] @ x_D
+            if activation == "swiglu":
+                gate, up = h[: len(h) // 2], h[len(h) // 2 :]
+                h = gate * torch.sigmoid(gate) * up
+            else:
+                h = erf_gelu(h) if activation == "gelu" else h.clamp(min=0)
+            rows.append(w2_LDF[expert] @ h)
+        first += count
+    return torch.stack(rows)
+
+
+def forward_and_gradients(experts: GroupedExperts, x: Tensor, upstream: Tensor, counts: list[int]) -> list[Tensor]:
+    x = x.clone().requires_grad_()
+    experts.zero_grad()
+    y = experts(x, torch.tensor(counts))
+    y.backward(upstream)
+    grads = [x.grad, experts.w1.grad, experts.w2.grad]
+    return [y.detach(), *(grad.clone() for grad in grads if grad is not None)]
+
+
+# fp32 rows of 6 or 10 numbers are not aligned to 16 bytes: no grouped_mm.
+@pytest.mark.parametrize(("width", "inner"), [(8, 12), (6, 12), (8, 10), (5, 7)])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_as_by_plain_loops(width: int, inner: int, activation: Activation) -> None:
+    experts = make(width, inner, activation)
+    x, upstream = torch.randn(sum(COUNTS), width), torch.randn(sum(COUNTS), width)
+    ours = forward_and_gradients(experts, x, upstream, COUNTS)
+    x64, w1, w2 = (v.detach().double().requires_grad_() for v in (x, experts.w1, experts.w2))
+    y64 = looped(x64, w1, w2, COUNTS, activation)
+    y64.backward(upstream.double())
+    expected = [y64.detach(), x64.grad, w1.grad, w2.grad]
+    assert len(ours) == 4
+    for value, by_loop in zip(ours, expected, strict=True):
+        assert_close(value.double(), by_loop, rtol=1e-6, atol=1e-6)
+    for grad in ours[2:]:  # expert 1 got nothing
+        assert not grad[1].any()
+        assert all(grad[expert].any() for expert in (0, 2, 3))
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_float64_as_by_plain_loops(activation: Activation) -> None:
+    experts = make(activation=activation).double()
+    x = torch.randn(sum(COUNTS), 8, dtype=torch.float64)
+    y = experts(x, torch.tensor(COUNTS))
+    assert_close(y, looped(x, experts.w1, experts.w2, COUNTS, activation), rtol=1e-12, atol=1e-12)
+    assert torch.autograd.gradcheck(
+        lambda x: experts(x, torch.tensor(COUNTS)), (x.clone().requires_grad_(),)
+    )
+
+
+def count_grouped_mm(monkeypatch: pytest.MonkeyPatch) -> list[torch.dtype]:
+    calls: list[torch.dtype] = []
+    original = functional.grouped_mm
+
+    def counted(x: Tensor, *args: object, **kwargs: object) -> Tensor:
+        calls.append(x.dtype)
+        return original(x, *args, **kwargs)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(functional, "grouped_mm", counted)
+    return calls
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 2**-7)], ids=str)
+def test_grouped_mm_and_slices_agree(
+    dtype: torch.dtype, tolerance: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = count_grouped_mm(monkeypatch)
+    experts = make(8, 16).to(dtype)
+    x, upstream = torch.randn(sum(COUNTS), 8).to(dtype), torch.randn(sum(COUNTS), 8).to(dtype)
+    grouped = forward_and_gradients(experts, x, upstream, COUNTS)
+    assert calls == [dtype, dtype]
+    monkeypatch.setattr(experts_module, "_grouped_mm_takes", lambda *_: False)
+    sliced = forward_and_gradients(experts, x, upstream, COUNTS)
+    assert calls == [dtype, dtype]
+    for a, b in zip(grouped, sliced, strict=True):
+        assert a.dtype == dtype
+        assert_close(a, b, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "width", "inner", "calls"),
+    [
+        (torch.float32, 8, 12, 2),
+        (torch.float32, 6, 12, 0),
+        (torch.float32, 8, 10, 1),  # 20 wide up, as swiglu is, but 10 wide down
+        (torch.bfloat16, 8, 8, 2),
+        (torch.bfloat16, 8, 12, 1),
+        (torch.float64, 8, 12, 0),
+    ],
+)
+def test_grouped_mm_is_used_where_it_can_be(
+    dtype: torch.dtype, width: int, inner: int, calls: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = count_grouped_mm(monkeypatch)
+    experts = make(width, inner).to(dtype)
+    experts(torch.randn(sum(COUNTS), width).to(dtype), torch.tensor(COUNTS))
+    assert len(made) == calls
+
+
+def test_without_grouped_mm(monkeypatch: pytest.MonkeyPatch) -> None:
+    experts = make()
+    x = torch.randn(sum(COUNTS), 8)
+    expected = experts(x, torch.tensor(COUNTS))
+    monkeypatch.delattr(functional, "grouped_mm")
+    assert_close(experts(x, torch.tensor(COUNTS)), expected, rtol=1e-6, atol=1e-6)
+
+
+def test_bf16_is_near_float64() -> None:
+    experts = make(16, 24).bfloat16()
+    x = torch.randn(sum(COUNTS), 16).bfloat16()
+    y = experts(x, torch.tensor(COUNTS))
+    assert y.dtype == torch.bfloat16
+    expected = looped(x.double(), experts.w1.double(), experts.w2.double(), COUNTS, "swiglu")
+    assert_close(y.double(), expected, rtol=2**-6, atol=2**-8)
+
+
+@pytest.mark.parametrize("width", [8, 6])
+@pytest.mark.parametrize("counts", [[0, 0, 0, 0], [0, 0, 4, 0]])
+def test_experts_without_rows_stay_connected(width: int, counts: list[int]) -> None:
+    experts = make(width)
+    x = torch.randn(sum(counts), width, requires_grad=True)
+    y = experts(x, torch.tensor(counts))
+    assert y.shape == x.shape
+    y.sum().backward()
+    assert x.grad is not None
+    for weight in (experts.w1, experts.w2):
+        assert weight.grad is not None
+        assert [bool(grad.any()) for grad in weight.grad] == [count > 0 for count in counts]
+        assert bool(weight.grad.isfinite().all())
+
+
+@pytest.mark.parametrize("width", [8, 6])
+def test_expanded_gradients(width: int) -> None:
+    """``y.sum().backward()`` gives backward a gradient with strides of zero."""
+    experts = make(width)
+    x = torch.randn(sum(COUNTS), width)
+    grads = []
+    for ones in (lambda y: y.sum().backward(), lambda y: y.backward(torch.ones(y.shape))):
+        experts.zero_grad()
+        ones(experts(x, torch.tensor(COUNTS)))
+        assert experts.w1.grad is not None
+        assert experts.w2.grad is not None
+        grads.append((experts.w1.grad.clone(), experts.w2.grad.clone()))
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+    x = torch.randn(sum(COUNTS), width)
+    grouped_linear(x, experts.w1, torch.tensor(COUNTS)).sum().backward()
+
+
+def test_weights_depend_on_seed_and_expert_only() -> None:
+    whole = make()
+    halves = [make(groups=ExpertGroups(ep_size=2, ep_rank=rank)) for rank in range(2)]
+    assert [list(half.expert_ids) for half in halves] == [[0, 1], [2, 3]]
+    for name in ("w1", "w2"):
+        assert torch.equal(torch.cat([getattr(half, name) for half in halves]), getattr(whole, name))
+        assert torch.equal(getattr(halves[1], name), getattr(whole, name)[2:])
+    # Nor on how many others there are.
+    torch.manual_seed(7)
+    more = GroupedExperts(8, 12, 16, "swiglu", SINGLE_RANK)
+    assert torch.equal(more.w1[:4], whole.w1)
+
+
+def test_another_seed_gives_other_weights() -> None:
+    first = make()
+    second = GroupedExperts(8, 12, 4, "swiglu", SINGLE_RANK)  # the next layer of the same model
+    assert first.seed != second.seed
+    every = [*first.w1, *second.w1]
+    assert not any(torch.equal(a, b) for i, a in enumerate(every) for b in every[:i])
+
+
+def test_all_experts_differ() -> None:
+    torch.manual_seed(0)
+    experts = GroupedExperts(8, 4, 64, "gelu", SINGLE_RANK)
+    for weight in (experts.w1, experts.w2):
+        assert len({tuple(w.flatten().tolist()) for w in weight}) == 64
+
+
+def test_they_start_as_linear_layers_do() -> None:
+    experts = GroupedExperts(64, 16, 8, "relu", SINGLE_RANK)
+    for weight in (experts.w1, experts.w2):
+        bound = 1 / math.sqrt(weight.shape[-1])
+        assert float(weight.abs().max()) <= bound
+        assert_close(weight.std().item(), bound / math.sqrt(3), rtol=0.02, atol=0)
+        assert_close(weight.mean().item(), 0.0, rtol=0, atol=0.02 * bound)
+
+
+def test_the_default_generator_advances_equally_in_every_layout() -> None:
+    states = []
+    layouts = [SINGLE_RANK, *(ExpertGroups(ep, rank) for ep in (2, 4) for rank in range(ep))]
+    for groups in layouts:
+        make(groups=groups)
+        states.append(torch.get_rng_state())
+    assert all(torch.equal(a, b) for a, b in pairwise(states))
+
+
+def test_reset_gives_the_same_again() -> None:
+    experts = make()
+    before = copy.deepcopy(experts.state_dict())
+    nn.init.zeros_(experts.w1)
+    experts.reset_parameters()
+    assert all(torch.equal(value, before[name]) for name, value in experts.state_dict().items())
+
+
+def test_bf16_starts_at_the_rounded_fp32_weights() -> None:
+    fp32 = make()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        bf16 = make()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(bf16.w1, fp32.w1.bfloat16())
+
+
+def test_meta_device_draws_the_same_seed_and_no_weights() -> None:
+    seed = make().seed
+    with torch.device("meta"):
+        experts = make()
+    assert experts.w1.is_meta
+    assert experts.seed == seed
+
+
+def test_shard_keeps_the_parameters_and_frees_the_rest() -> None:
+    experts = make()
+    parameters = dict(experts.named_parameters())
+    whole = {name: value.detach().clone() for name, value in parameters.items()}
+    experts.shard_(ExpertGroups(ep_size=2, ep_rank=1))
+    assert list(experts.expert_ids) == [2, 3]
+    for name, value in experts.named_parameters():
+        assert value is parameters[name]  # an optimizer that holds it goes on with it
+        assert torch.equal(value, whole[name][2:])
+        assert value.untyped_storage().nbytes() == whole[name].untyped_storage().nbytes() // 2
+    x = torch.randn(3, 8)
+    expected = looped(x.double(), whole["w1"].double()[2:], whole["w2"].double()[2:], [1, 2], "swiglu")
+    assert_close(experts(x, torch.tensor([1, 2])).double(), expected, rtol=1e-6, atol=1e-6)
+
+
+def test_wrong_numbers_are_refused() -> None:
+    message = (
+        "num_experts=4: must be divisible by expert_parallel_size=3. "
+        "Use 6 experts, or another expert_parallel_size."
+    )
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        make(groups=ExpertGroups(ep_size=3))
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        make().shard_(ExpertGroups(ep_size=3))
+
+
+def test_marks_and_the_hook() -> None:
+    seen: list[nn.Parameter] = []
+    experts = make(groups=ExpertGroups(ep_size=2, on_expert_parameter=seen.append))
+    assert [id(p) for p in seen] == [id(p) for p in experts.parameters()]
+    assert all(is_expert_parameter(p) and expert_group_name(p) == "ep_size_2" for p in experts.parameters())
+    assert not is_expert_parameter(nn.Parameter(torch.zeros(1)))
+
+
+def test_copies_are_independent() -> None:
+    experts = make(groups=ExpertGroups(ep_size=2, ep_rank=1))
+    twin = copy.deepcopy(experts)
+    x = torch.randn(3, 8)
+    assert torch.equal(twin(x, torch.tensor([1, 2])), experts(x, torch.tensor([1, 2])))
+    with torch.no_grad():
+        twin.w1.zero_()
+    assert experts.w1.any()
+    assert (twin.expert_ids, twin.seed) == (experts.expert_ids, experts.seed)
+
+
+def test_autocast_computes_in_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = count_grouped_mm(monkeypatch)
+    moe = MoE(8, MoEConfig(num_experts=4, intermediate_size=16, num_shared_experts=1))
+    x = torch.randn(5, 8, requires_grad=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = moe(x)
+        assert calls == [torch.bfloat16] * 2
+    assert y.dtype == torch.float32
+    assert_close(y, moe(x), rtol=2**-5, atol=2**-7)
+    assert not torch.equal(y, moe(x))
+    y.sum().backward()
+    assert {p.grad.dtype for p in moe.parameters() if p.grad is not None} == {torch.float32}
+    assert all(p.grad is not None for p in moe.parameters())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert moe(x.bfloat16()).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_shared_mlp_as_by_plain_loops(activation: Activation) -> None:
+    mlp = SharedMLP(6, 10, activation)
+    x = torch.randn(9, 6)
+    expected = looped(
+        x.double(), mlp.up.weight.double()[None], mlp.down.weight.double()[None], [9], activation
+    )
+    assert_close(mlp(x).double(), expected, rtol=1e-6, atol=1e-6)
+
+
+def test_repr_shows_which_experts_are_here() -> None:
+    experts = make(groups=ExpertGroups(ep_size=2, ep_rank=1))
+    assert repr(experts) == "GroupedExperts(experts 2-3 of 4, activation=swiglu)"
+
+
+def test_experts_of_a_layer_are_those_of_the_scope() -> None:
+    with building_for(ExpertGroups(ep_size=4, ep_rank=2, ep_group=object())):  # type: ignore[arg-type]
+        moe = MoE(8, MoEConfig(num_experts=8))
+    assert list(moe.experts.expert_ids) == [4, 5]
+    assert (moe.num_experts, moe.num_local_experts) == (8, 2)
