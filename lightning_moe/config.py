@@ -59,13 +59,11 @@ class MoEConfig:
             raise ValueError(f"num_experts={self.num_experts}: must be at least 1. Use 8, for example.")
         if not 1 <= self.top_k <= self.num_experts:
             raise ValueError(
-                f"top_k={self.top_k}: must be from 1 to num_experts={self.num_experts}. "
-                "Lower top_k or add experts."
+                f"top_k={self.top_k}: must be from 1 to num_experts={self.num_experts}. Lower top_k or add experts."
             )
         if self.intermediate_size is not None and self.intermediate_size < 1:
             raise ValueError(
-                f"intermediate_size={self.intermediate_size}: must be at least 1. "
-                "Leave it out for 4 x hidden_size."
+                f"intermediate_size={self.intermediate_size}: must be at least 1. Leave it out for 4 x hidden_size."
             )
         for name in ("capacity_factor", "eval_capacity_factor"):
             factor = getattr(self, name)

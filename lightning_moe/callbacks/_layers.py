@@ -32,10 +32,8 @@ def require_lightning(trainer: L.Trainer, callback: L.Callback) -> None:
 
 def is_logging_step(trainer: L.Trainer) -> bool:
     """Whether the optimizer step that has just ended is one that the loggers get to see; the same on every rank."""
-    steps = trainer.log_every_n_steps
-    stepped = (
-        not trainer.fit_loop._should_accumulate() if trainer.lightning_module.automatic_optimization else True
-    )
+    steps: int = trainer.log_every_n_steps  # type: ignore[attr-defined]  # set by Trainer's logger connector
+    stepped = not trainer.fit_loop._should_accumulate() if trainer.lightning_module.automatic_optimization else True
     return stepped and steps > 0 and trainer.global_step % steps == 0
 
 

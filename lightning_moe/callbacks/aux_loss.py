@@ -99,9 +99,7 @@ class AuxLossCallback(L.Callback):
     @override
     def on_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Tensor) -> None:
         # Lightning has already divided the task's loss by the number of micro-batches.
-        share = len(self._layers) * (
-            trainer.accumulate_grad_batches if pl_module.automatic_optimization else 1
-        )
+        share = len(self._layers) * (trainer.accumulate_grad_batches if pl_module.automatic_optimization else 1)
         load_balancing, router_z = self.weights(trainer.global_step)
         # Under DDP's 16-mixed the loss that comes here is scaled already; elsewhere its own gradient tells the scale.
         scaler = getattr(trainer.precision_plugin, "scaler", None)

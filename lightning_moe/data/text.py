@@ -101,9 +101,7 @@ class TextDataModule(L.LightningDataModule):
                 "held-out text."
             )
         if num_workers < 0:
-            raise ValueError(
-                f"num_workers={num_workers}: must be 0 or more. Use 0 to load in the main process."
-            )
+            raise ValueError(f"num_workers={num_workers}: must be 0 or more. Use 0 to load in the main process.")
         self.path = path
         self.pattern = pattern
         self.exclude = list(exclude or [])

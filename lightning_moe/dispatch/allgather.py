@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
+from typing_extensions import override
 
 from lightning_moe.dispatch.base import Dispatched, Dispatcher, ep_group_of
 from lightning_moe.dispatch.permute import Permutation, permute, plan_permutation, unpermute
@@ -40,6 +41,7 @@ class AllGatherDispatcher(Dispatcher[AllGatherState]):
         super().__init__(num_experts, groups)
         self.group = ep_group_of(groups)
 
+    @override
     def dispatch(
         self, x_TD: Tensor, topk_ids_TK: Tensor, topk_scores_TK: Tensor, kept_TK: Tensor | None
     ) -> AllGatherState:
@@ -60,6 +62,7 @@ class AllGatherDispatcher(Dispatcher[AllGatherState]):
         plan = plan_permutation(local_ids_AK, len(self.local_experts), mine_AK, num_rows)
         return AllGatherState(permute(x_AD, plan), plan.tokens_per_expert_E, plan, scores_AK, T)
 
+    @override
     def combine(self, y_RD: Tensor, state: AllGatherState) -> Tensor:
         shares_AD = unpermute(y_RD, state.topk_scores_AK, state.plan)
         return reduce_scatter(shares_AD, self.group)[: state.num_tokens]

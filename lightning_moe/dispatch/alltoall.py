@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from lightning_moe.dispatch.base import Dispatched, Dispatcher, ep_group_of
 from lightning_moe.dispatch.permute import Permutation, permute, plan_permutation, reorder, unpermute
@@ -42,6 +43,7 @@ class AllToAllDispatcher(Dispatcher[AllToAllState]):
         super().__init__(num_experts, groups)
         self.group = ep_group_of(groups)
 
+    @override
     def dispatch(
         self, x_TD: Tensor, topk_ids_TK: Tensor, topk_scores_TK: Tensor, kept_TK: Tensor | None
     ) -> AllToAllState:
@@ -68,6 +70,7 @@ class AllToAllDispatcher(Dispatcher[AllToAllState]):
             output_splits,
         )
 
+    @override
     def combine(self, y_RD: Tensor, state: AllToAllState) -> Tensor:
         leaving_RD = reorder(y_RD, state.arrival_R)
         returned_RD = all_to_all(leaving_RD, state.input_splits, state.output_splits, self.group)

@@ -51,9 +51,7 @@ class Dispatcher(ABC, Generic[State]):
         self.local_experts = groups.local_experts(num_experts)
 
     @abstractmethod
-    def dispatch(
-        self, x_TD: Tensor, topk_ids_TK: Tensor, topk_scores_TK: Tensor, kept_TK: Tensor | None
-    ) -> State:
+    def dispatch(self, x_TD: Tensor, topk_ids_TK: Tensor, topk_scores_TK: Tensor, kept_TK: Tensor | None) -> State:
         """Sends every kept assignment's token to the rank of its expert.
 
         Args:

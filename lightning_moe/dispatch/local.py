@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from torch import Tensor
+from typing_extensions import override
 
 from lightning_moe.dispatch.base import Dispatched, Dispatcher
 from lightning_moe.dispatch.permute import Permutation, permute, plan_permutation, unpermute
@@ -34,11 +35,11 @@ class LocalDispatcher(Dispatcher[LocalState]):
                 "to other ranks. Use dispatcher='auto', or expert_parallel_size=1."
             )
 
-    def dispatch(
-        self, x_TD: Tensor, topk_ids_TK: Tensor, topk_scores_TK: Tensor, kept_TK: Tensor | None
-    ) -> LocalState:
+    @override
+    def dispatch(self, x_TD: Tensor, topk_ids_TK: Tensor, topk_scores_TK: Tensor, kept_TK: Tensor | None) -> LocalState:
         plan = plan_permutation(topk_ids_TK, self.num_experts, kept_TK)
         return LocalState(permute(x_TD, plan), plan.tokens_per_expert_E, plan, topk_scores_TK)
 
+    @override
     def combine(self, y_RD: Tensor, state: LocalState) -> Tensor:
         return unpermute(y_RD, state.topk_scores_TK, state.plan)

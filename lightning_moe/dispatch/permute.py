@@ -106,9 +106,7 @@ class _Permute(torch.autograd.Function):
 
 class _Unpermute(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, y_RD: Tensor, topk_scores_TK: Tensor, assignment_R: Tensor, row_TK: Tensor
-    ) -> Tensor:
+    def forward(ctx: Any, y_RD: Tensor, topk_scores_TK: Tensor, assignment_R: Tensor, row_TK: Tensor) -> Tensor:
         ctx.save_for_backward(y_RD, topk_scores_TK, assignment_R, row_TK)
         y_TKD = _rows_of_tokens(y_RD, row_TK)
         return (y_TKD * topk_scores_TK.unsqueeze(-1)).sum(1).to(y_RD.dtype)

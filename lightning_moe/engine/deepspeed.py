@@ -79,7 +79,7 @@ def _is_alive(group: dist.ProcessGroup) -> bool:
 def device_mesh(groups: ExpertGroups, topology: Topology, device_type: str) -> DeviceMesh:
     """The same groups as a mesh with the axes ``edp`` and ``ep``."""
     return DeviceMesh.from_group(
-        [groups.edp_group, groups.ep_group],
+        [g for g in (groups.edp_group, groups.ep_group) if g is not None],
         device_type,
         mesh=torch.tensor(topology.ep_groups),
         mesh_dim_names=("edp", "ep"),
@@ -150,12 +150,13 @@ def adopt_layer(layer: MoE) -> None:
     layer.__class__ = moe_class
     layer.experts.__class__ = experts_class
     groups = layer.groups
-    layer.ep_size, layer.ep_rank = groups.ep_size, groups.ep_rank
-    layer.ep_group, layer.ep_group_name = groups.ep_group, f"ep_size_{groups.ep_size}"
+    adopted: Any = layer
+    adopted.ep_size, adopted.ep_rank = groups.ep_size, groups.ep_rank
+    adopted.ep_group, adopted.ep_group_name = groups.ep_group, f"ep_size_{groups.ep_size}"
     placement = affine.legacy_uniform_autoep_placement_descriptor(
         layer.num_experts, layer.num_local_experts, groups.ep_size
     )
-    layer.expert_placement_descriptor = placement
+    adopted.expert_placement_descriptor = placement
     for weight in (layer.experts.w1, layer.experts.w2):
         shape = [layer.num_experts, *getattr(weight, "ds_shape", weight.shape)[1:]]
         weight.ds_autoep_uc_meta = {  # type: ignore[attr-defined]

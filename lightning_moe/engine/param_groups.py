@@ -21,9 +21,7 @@ _PER_GROUP_LISTS = (
 """Attributes in which torch's schedulers keep one value for every group of the optimizer."""
 
 
-def split_expert_groups(
-    optimizer: Optimizer, schedulers: list[Any], make_name: Callable[[str, str], str]
-) -> list[int]:
+def split_expert_groups(optimizer: Optimizer, schedulers: list[Any], make_name: Callable[[str, str], str]) -> list[int]:
     """Moves expert parameters into groups of their own, in place, with the same hyper-parameters.
 
     A group of experts only is renamed where it stands. New groups come last, and the schedulers that already

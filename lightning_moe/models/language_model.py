@@ -98,9 +98,7 @@ class MoELanguageModel(L.LightningModule):
     def forward(self, tokens_BS: Tensor) -> Tensor:
         """Logits of the byte after each position, [B, S] -> [B, S, V]. Collective over the EP group."""
         if self.transformer is None:
-            raise RuntimeError(
-                "MoELanguageModel has no layers yet: call configure_model() first, as a Trainer does."
-            )
+            raise RuntimeError("MoELanguageModel has no layers yet: call configure_model() first, as a Trainer does.")
         logits_BSV: Tensor = self.transformer(tokens_BS)
         return logits_BSV
 
@@ -158,9 +156,7 @@ class MoELanguageModel(L.LightningModule):
 
     def _scheduler(self, optimizer: Optimizer) -> LambdaLR:
         num_steps = self.trainer.estimated_stepping_batches
-        return LambdaLR(
-            optimizer, lambda step: lr_factor(step, num_steps, self.warmup_steps, self.min_lr_ratio)
-        )
+        return LambdaLR(optimizer, lambda step: lr_factor(step, num_steps, self.warmup_steps, self.min_lr_ratio))
 
     def generate(
         self,
@@ -199,9 +195,7 @@ class MoELanguageModel(L.LightningModule):
         was_training = self.training
         self.eval()
         try:
-            new = sample_bytes(
-                self, text or b"\n", max_new_bytes, temperature, seed, context_length, self.device
-            )
+            new = sample_bytes(self, text or b"\n", max_new_bytes, temperature, seed, context_length, self.device)
         finally:
             self.train(was_training)
         return (text + new).decode(errors="replace")
@@ -248,17 +242,11 @@ def _check(vocab_size: int, hidden_size: int, num_layers: int, num_heads: int, m
         )
 
 
-def _check_schedule(
-    learning_rate: float, weight_decay: float, warmup_steps: int, min_lr_ratio: float
-) -> None:
+def _check_schedule(learning_rate: float, weight_decay: float, warmup_steps: int, min_lr_ratio: float) -> None:
     if not (learning_rate > 0 and math.isfinite(learning_rate)):
-        raise ValueError(
-            f"learning_rate={learning_rate}: must be a finite number above 0. Use 4e-3, for example."
-        )
+        raise ValueError(f"learning_rate={learning_rate}: must be a finite number above 0. Use 4e-3, for example.")
     if not (weight_decay >= 0 and math.isfinite(weight_decay)):
-        raise ValueError(
-            f"weight_decay={weight_decay}: must be a finite number of at least 0. Use 0 for none."
-        )
+        raise ValueError(f"weight_decay={weight_decay}: must be a finite number of at least 0. Use 0 for none.")
     if warmup_steps < 0:
         raise ValueError(f"warmup_steps={warmup_steps}: must be 0 or more. Use 0 to start at the peak.")
     if not 0 <= min_lr_ratio <= 1:

@@ -140,8 +140,7 @@ class Transformer(nn.Module):
         self.head_size = hidden_size // num_heads
         self.embedding = Embedding(vocab_size, hidden_size)
         self.blocks = nn.ModuleList(
-            Block(hidden_size, num_heads, moe, is_moe=(layer + 1) % moe_every == 0)
-            for layer in range(num_layers)
+            Block(hidden_size, num_heads, moe, is_moe=(layer + 1) % moe_every == 0) for layer in range(num_layers)
         )
         self.norm = nn.RMSNorm(hidden_size)
         self.head = Head(hidden_size, vocab_size, bias=False)

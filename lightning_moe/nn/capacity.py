@@ -34,9 +34,7 @@ def expert_capacity(
     return torch.ceil(capacity_factor * even_share).long().clamp(min=min_capacity)
 
 
-def keep_within_capacity(
-    topk_ids_TK: Tensor, priority_TK: Tensor, num_experts: int, capacity: int | Tensor
-) -> Tensor:
+def keep_within_capacity(topk_ids_TK: Tensor, priority_TK: Tensor, num_experts: int, capacity: int | Tensor) -> Tensor:
     """Which assignments have room: each expert keeps its ``capacity`` assignments of highest priority.
 
     Equal priorities keep token order, so that the result does not depend on the device.

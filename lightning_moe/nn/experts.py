@@ -98,7 +98,8 @@ class GroupedExperts(nn.Module):
 
     def forward(self, x_RD: Tensor, tokens_per_expert_L: Tensor) -> Tensor:
         """Runs every expert on its rows, [R, D] -> [R, D]; no rows at all keep the graph connected."""
-        w1, w2 = self.w1, self.w2
+        w1: Tensor = self.w1
+        w2: Tensor = self.w2
         device_type = x_RD.device.type
         if torch.is_autocast_enabled(device_type):  # grouped_mm is on no autocast list
             dtype = torch.get_autocast_dtype(device_type)

@@ -6,8 +6,6 @@ Shapes: T local tokens, D model width, K experts per token, R rows for this rank
 from __future__ import annotations
 
 import warnings
-from typing import cast
-
 import torch
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from torch import Tensor, nn
@@ -114,7 +112,7 @@ class MoE(nn.Module):
         y_TD = self.dispatcher.combine(y_RD, state)
         if self.shared_mlp is not None:
             y_TD = y_TD + self.shared_mlp(x_TD)
-        return cast(Tensor, y_TD.to(x.dtype).view_as(x))
+        return y_TD.to(x.dtype).view_as(x)
 
     def route(self, x_TD: Tensor) -> Routing:
         """Chooses experts and decides what is dropped. Collective over the EP group where there is a capacity."""
@@ -126,9 +124,7 @@ class MoE(nn.Module):
             capacity = expert_capacity(
                 num_tokens, self.num_experts, self.config.top_k, factor, self.config.min_capacity
             )
-            kept_TK = keep_within_capacity(
-                routing.topk_ids_TK, routing.topk_scores_TK, self.num_experts, capacity
-            )
+            kept_TK = keep_within_capacity(routing.topk_ids_TK, routing.topk_scores_TK, self.num_experts, capacity)
             routing = routing._replace(kept_TK=kept_TK)
         if self.training:
             if self.tap.loss_weights is None and routing.topk_scores_TK.requires_grad:

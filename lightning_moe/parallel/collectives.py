@@ -29,9 +29,7 @@ class _AllToAll(torch.autograd.Function):
     ) -> Tensor:
         ctx.splits, ctx.group = (output_splits, input_splits), group
         received = rows.new_empty((sum(output_splits), *rows.shape[1:]))
-        dist.all_to_all_single(
-            received, rows.contiguous(), list(output_splits), list(input_splits), group=group
-        )
+        dist.all_to_all_single(received, rows.contiguous(), list(output_splits), list(input_splits), group=group)
         return received
 
     @staticmethod

@@ -64,9 +64,7 @@ class Topology:
     @property
     def ep_groups(self) -> tuple[tuple[int, ...], ...]:
         """Ranks of every EP group, in the order in which the groups are made."""
-        return tuple(
-            tuple(range(start, start + self.ep_size)) for start in range(0, self.world_size, self.ep_size)
-        )
+        return tuple(tuple(range(start, start + self.ep_size)) for start in range(0, self.world_size, self.ep_size))
 
     @property
     def edp_groups(self) -> tuple[tuple[int, ...], ...]:

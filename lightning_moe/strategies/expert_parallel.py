@@ -65,9 +65,7 @@ class ExpertParallelStrategy(DeepSpeedStrategy):
     def __init__(
         self, expert_parallel_size: int | Literal["auto"] = "auto", *, stage: int = 1, **deepspeed_kwargs: Any
     ) -> None:
-        if expert_parallel_size != "auto" and not (
-            isinstance(expert_parallel_size, int) and expert_parallel_size >= 1
-        ):
+        if expert_parallel_size != "auto" and not (isinstance(expert_parallel_size, int) and expert_parallel_size >= 1):
             raise ValueError(
                 f"expert_parallel_size={expert_parallel_size!r}: must be 'auto' or a whole number of at least 1. "
                 "Use 1 to keep every expert on every rank."
@@ -109,9 +107,7 @@ class ExpertParallelStrategy(DeepSpeedStrategy):
             super().setup_distributed()
         self.expert_groups = engine.new_expert_groups(topology)
         if self.lightning_module is not None:
-            self.lightning_module._device_mesh = engine.device_mesh(
-                self.expert_groups, topology, self.root_device.type
-            )
+            self.lightning_module._device_mesh = engine.device_mesh(self.expert_groups, topology, self.root_device.type)
 
     def _topology(self) -> Topology:
         size = self.expert_parallel_size
@@ -196,9 +192,7 @@ class ExpertParallelStrategy(DeepSpeedStrategy):
                 "groups, or chain schedulers with torch.optim.lr_scheduler.SequentialLR."
             )
         scheduler = schedulers[0] if schedulers else None
-        split_expert_groups(
-            optimizers[0], [scheduler.scheduler] if scheduler else [], engine.name_param_group
-        )
+        split_expert_groups(optimizers[0], [scheduler.scheduler] if scheduler else [], engine.name_param_group)
         return optimizers[0], scheduler
 
     @override
@@ -206,9 +200,7 @@ class ExpertParallelStrategy(DeepSpeedStrategy):
         self, model: nn.Module, optimizer: Optimizer | None, lr_scheduler: Any = None
     ) -> tuple[Any, Optimizer]:
         assert isinstance(self.config, dict)
-        return engine.initialize(
-            model, self.config, self.root_device, optimizer=optimizer, lr_scheduler=lr_scheduler
-        )
+        return engine.initialize(model, self.config, self.root_device, optimizer=optimizer, lr_scheduler=lr_scheduler)
 
     # -------------------------------------------------------------------------------------- training
 
@@ -234,9 +226,7 @@ class ExpertParallelStrategy(DeepSpeedStrategy):
         return super().backward(closure_loss, optimizer, *args, scale_wrt_gas=False, **kwargs)
 
     @override
-    def optimizer_step(
-        self, optimizer: Optimizer, closure: Callable[[], Any], model: Any = None, **kwargs: Any
-    ) -> Any:
+    def optimizer_step(self, optimizer: Optimizer, closure: Callable[[], Any], model: Any = None, **kwargs: Any) -> Any:
         def closure_then_clip() -> Any:
             result = closure()
             if self._stage == 0:
@@ -282,8 +272,11 @@ class ExpertParallelStrategy(DeepSpeedStrategy):
         else:
             # With a bf16 config but no optimizer the engine makes one, and that refuses experts.
             keys = []
-            engine.cast_parameters(model, self.precision_plugin._desired_dtype)
-        config = {"train_micro_batch_size_per_gpu": 1, **{k: self.config[k] for k in keys if k in self.config}}
+            engine.cast_parameters(model, self.precision_plugin._desired_dtype)  # type: ignore[attr-defined]
+        config = {
+            "train_micro_batch_size_per_gpu": 1,
+            **{k: self.config[k] for k in keys if k in self.config},
+        }
         self.model, _ = engine.initialize(model, config, self.root_device)
 
     # ----------------------------------------------------------------------------------- checkpoints

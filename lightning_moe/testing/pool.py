@@ -91,9 +91,7 @@ class RankPool:
 
     def __init__(self, world_size: int, backend: str = "gloo", timeout: float = 60) -> None:
         if world_size < 1:
-            raise ValueError(
-                f"world_size={world_size} must be at least 1: it is the number of rank processes."
-            )
+            raise ValueError(f"world_size={world_size} must be at least 1: it is the number of rank processes.")
         self.world_size = world_size
         self.backend = backend
         self.timeout = timeout
@@ -278,9 +276,7 @@ class RankPool:
             return [results[rank] for rank in range(self.world_size)]
         limit = f"{_GRACE:g} s after the first failure" if errors else f"{timeout:g} s"
         for rank in waiting:
-            errors[rank] = RankFailure(
-                "NoAnswer", f"no answer within {limit}; its threads were at:", self._dump(rank)
-            )
+            errors[rank] = RankFailure("NoAnswer", f"no answer within {limit}; its threads were at:", self._dump(rank))
         headline = f"{name} failed on {_names(errors)} of {self.world_size}."
         if waiting:
             headline += f" No answer from {_names(waiting)} within {limit}: the pool was killed."

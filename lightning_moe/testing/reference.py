@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -39,8 +40,8 @@ class ReferenceMoE(nn.Module):
         super().__init__()
         self.config: MoEConfig = layer.config
         self.num_shares = num_shares
-        self.router = copy.deepcopy(layer.router).to(dtype)
-        self.experts = nn.Module()
+        self.router: Any = copy.deepcopy(layer.router).to(dtype)
+        self.experts: Any = nn.Module()
         self.experts.w1 = nn.Parameter(layer.experts.w1.detach().to(dtype).clone())
         self.experts.w2 = nn.Parameter(layer.experts.w2.detach().to(dtype).clone())
         self.shared_mlp = copy.deepcopy(layer.shared_mlp).to(dtype) if layer.shared_mlp is not None else None

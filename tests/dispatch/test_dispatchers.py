@@ -25,7 +25,15 @@ from lightning_moe.testing import RankPool
 E, D, F = 8, 4, 8
 LIMIT = 10.0  # seconds: a rank that waits for a peer would wait much longer
 LAYOUTS = [(2, 2), (4, 2), (4, 4)]
-CASES = ["random", "dropped", "to one rank", "one rank empty", "one rank short", "all empty", "one rank drops all"]
+CASES = [
+    "random",
+    "dropped",
+    "to one rank",
+    "one rank empty",
+    "one rank short",
+    "all empty",
+    "one rank drops all",
+]
 
 layouts = pytest.mark.parametrize(("world", "ep_size"), LAYOUTS)
 names = pytest.mark.parametrize("name", ["allgather", "alltoall"])
@@ -44,9 +52,7 @@ def warm_up(ep_size: int) -> None:
     dispatcher.dispatch(torch.zeros(1, D), ids, torch.ones(1, 1), None)
 
 
-def routes(
-    case: str, rank: int, ep_size: int, top_k: int
-) -> tuple[Tensor, Tensor | None, torch.Generator]:
+def routes(case: str, rank: int, ep_size: int, top_k: int) -> tuple[Tensor, Tensor | None, torch.Generator]:
     """Experts of this rank's tokens, what is kept, and a generator that is this rank's own."""
     generator = torch.Generator().manual_seed(100 + rank)
     ep_rank = rank % ep_size
@@ -214,7 +220,9 @@ def largest(ep_size: int) -> int:
     return int(dispatcher.largest_num_tokens(10 + dist.get_rank(), torch.device("cpu")))
 
 
-@pytest.mark.parametrize(("ep_size", "expected"), [(1, [10, 11, 12, 13]), (2, [11, 11, 13, 13]), (4, [13] * 4)])
+@pytest.mark.parametrize(
+    ("ep_size", "expected"), [(1, [10, 11, 12, 13]), (2, [11, 11, 13, 13]), (4, [13] * 4)]
+)
 def test_largest_number_of_tokens_of_the_ep_group(ep_size: int, expected: list[int], pool4: RankPool) -> None:
     assert pool4.run(largest, ep_size) == expected
 

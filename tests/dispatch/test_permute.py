@@ -34,7 +34,15 @@ BY_HAND = [
         [1, 1, 2],
     ),
     ("all dropped", [[0, 1]], 2, [[False, False]], [], [[0, 1]], [0, 0]),
-    ("dropped with foreign ids", [[-3], [7], [1]], 2, [[False], [False], [True]], [2], [[1], [2], [0]], [0, 1]),
+    (
+        "dropped with foreign ids",
+        [[-3], [7], [1]],
+        2,
+        [[False], [False], [True]],
+        [2],
+        [[1], [2], [0]],
+        [0, 1],
+    ),
 ]
 
 

@@ -46,7 +46,9 @@ def kept_by_loops(
     """Every expert goes through those that ask for it, the best first, and takes as many as it can."""
     kept = [[False] * len(row) for row in ids]
     for expert in range(num_experts):
-        asking = [(-scores[t][k], t, k) for t, row in enumerate(ids) for k, e in enumerate(row) if e == expert]
+        asking = [
+            (-scores[t][k], t, k) for t, row in enumerate(ids) for k, e in enumerate(row) if e == expert
+        ]
         for _, t, k in sorted(asking)[:capacity]:
             kept[t][k] = True
     return kept

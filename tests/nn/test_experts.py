@@ -16,7 +16,8 @@ from torch.testing import assert_close
 
 from lightning_moe import MoE, MoEConfig
 from lightning_moe.config import Activation
-from lightning_moe.nn import GroupedExperts, SharedMLP, experts as experts_module
+from lightning_moe.nn import GroupedExperts, SharedMLP
+from lightning_moe.nn import experts as experts_module
 from lightning_moe.nn.experts import grouped_linear
 from lightning_moe.parallel import (
     SINGLE_RANK,
@@ -56,7 +57,9 @@ def looped(x_RD: Tensor, w1_LGD: Tensor, w2_LDF: Tensor, counts: list[int], acti
     return torch.stack(rows)
 
 
-def forward_and_gradients(experts: GroupedExperts, x: Tensor, upstream: Tensor, counts: list[int]) -> list[Tensor]:
+def forward_and_gradients(
+    experts: GroupedExperts, x: Tensor, upstream: Tensor, counts: list[int]
+) -> list[Tensor]:
     x = x.clone().requires_grad_()
     experts.zero_grad()
     y = experts(x, torch.tensor(counts))
@@ -90,9 +93,7 @@ def test_float64_as_by_plain_loops(activation: Activation) -> None:
     x = torch.randn(sum(COUNTS), 8, dtype=torch.float64)
     y = experts(x, torch.tensor(COUNTS))
     assert_close(y, looped(x, experts.w1, experts.w2, COUNTS, activation), rtol=1e-12, atol=1e-12)
-    assert torch.autograd.gradcheck(
-        lambda x: experts(x, torch.tensor(COUNTS)), (x.clone().requires_grad_(),)
-    )
+    assert torch.autograd.gradcheck(lambda x: experts(x, torch.tensor(COUNTS)), (x.clone().requires_grad_(),))
 
 
 def count_grouped_mm(monkeypatch: pytest.MonkeyPatch) -> list[torch.dtype]:

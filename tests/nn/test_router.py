@@ -120,7 +120,9 @@ def test_extreme_logits_stay_finite(normalize: bool) -> None:
     with torch.no_grad():
         router.weight.copy_(torch.eye(3))
     low, high = -1e30, 1e30
-    x = torch.tensor([[low, 0.0, low], [high, low, low], [low, low, low], [high, high, high]], requires_grad=True)
+    x = torch.tensor(
+        [[low, 0.0, low], [high, low, low], [low, low, low], [high, high, high]], requires_grad=True
+    )
     routing = router(x)
     # What is as good as minus infinity gets the score 0; among equals the lower id comes first.
     assert routing.topk_ids_TK.tolist() == [[1, 0], [0, 1], [0, 1], [0, 1]]

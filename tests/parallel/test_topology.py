@@ -151,7 +151,9 @@ def test_a_wrong_size_is_refused(world_size: int, ep_size: int, message: str) ->
 
 
 @pytest.mark.parametrize(
-    "call", [lambda: Topology(4, 4).local_experts(6, 0), lambda: expert_range(6, 4, 3)], ids=["topology", "range"]
+    "call",
+    [lambda: Topology(4, 4).local_experts(6, 0), lambda: expert_range(6, 4, 3)],
+    ids=["topology", "range"],
 )
 def test_experts_that_do_not_divide_are_refused(call: Callable[[], Any]) -> None:
     message = (

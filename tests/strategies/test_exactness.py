@@ -64,9 +64,7 @@ def pairwise(cases: list[Case]) -> list[Case]:
     return chosen
 
 
-def fit(
-    case: Case, aux: tuple[float, float] = (0.0, 0.0), steps: int = STEPS, size: int = 0, **toy: Any
-) -> Trained:
+def fit(case: Case, aux: tuple[float, float] = (0.0, 0.0), steps: int = STEPS, size: int = 0, **toy: Any) -> Trained:
     """Trains on this rank; every rank sees other rows."""
     from lightning_moe.testing.state import full_state
 
@@ -103,9 +101,7 @@ def assert_same(trained: Trained, reference: Trained, rtol: float = 1e-5, atol: 
     assert_close(torch.tensor(trained.grad_norms), torch.tensor(reference.grad_norms), rtol=rtol, atol=atol)
     assert trained.state.keys() == reference.state.keys()
     for name, expected in reference.state.items():
-        assert_close(
-            trained.state[name], expected.float(), rtol=rtol, atol=atol, msg=lambda m, n=name: f"{n}: {m}"
-        )
+        assert_close(trained.state[name], expected.float(), rtol=rtol, atol=atol, msg=lambda m, n=name: f"{n}: {m}")
     assert_close(trained.output, reference.output.float(), rtol=rtol, atol=atol)
 
 
@@ -113,9 +109,7 @@ def check(case: Case, get_pool: Any, aux: tuple[float, float] = (0.0, 0.0), **to
     results = get_pool(case.world).run(fit, case, aux, **toy)
     config = replace(CONFIG, capacity_factor=case.capacity_factor)
     toy.pop("recompute", None)
-    reference = train_reference(
-        Toy(config, **toy), dataset(case), case.world, STEPS, case.accumulate, case.clip, *aux
-    )
+    reference = train_reference(Toy(config, **toy), dataset(case), case.world, STEPS, case.accumulate, case.clip, *aux)
     for trained in results:  # the same on every rank
         assert_same(trained, reference)
 

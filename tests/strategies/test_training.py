@@ -15,16 +15,14 @@ from torch import nn
 from torch.testing import assert_close
 
 from lightning_moe import AuxLossCallback, ExpertLoadMonitor, ExpertParallelStrategy, MoE, MoEConfig
-from tests.strategies.test_exactness import STEPS, Case, assert_same, check, dataset, fit
+from tests.strategies.test_exactness import Case, assert_same, check, dataset, fit
 from tests.toy import BATCH, CONFIG, Toy, ToyData, Trained, loader, train_reference
 
 
 def trainer_for(ep_size: int = 2, stage: int = 1, world: int = 2, **options: Any) -> L.Trainer:
     quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "max_steps": 3}
     options = {**quiet, "enable_model_summary": False, "callbacks": [AuxLossCallback()], **options}
-    return L.Trainer(
-        accelerator="cpu", devices=world, strategy=ExpertParallelStrategy(ep_size, stage=stage), **options
-    )
+    return L.Trainer(accelerator="cpu", devices=world, strategy=ExpertParallelStrategy(ep_size, stage=stage), **options)
 
 
 def rank() -> int:
@@ -155,7 +153,9 @@ def monitored(folder: str) -> tuple[list[str], dict[str, float]]:
     trainer.test(trainer.lightning_module, data, verbose=False)
     predictions = trainer.predict(trainer.lightning_module, data)
     assert len(predictions) == len(data)
-    return sorted(group["name"] for group in trainer.lightning_module.optimizers().param_groups if "name" in group), metrics
+    return sorted(
+        group["name"] for group in trainer.lightning_module.optimizers().param_groups if "name" in group
+    ), metrics
 
 
 def test_callbacks_and_two_groups(get_pool: Any, tmp_path: Path) -> None:

@@ -98,7 +98,12 @@ def _warm(get_pool: Any) -> None:
 @pytest.mark.parametrize("kind", BATCHES)
 @pytest.mark.parametrize(
     "case",
-    [Case(4, 4, 1, "alltoall"), Case(4, 2, 2, "allgather"), Case(4, 4, 3, "allgather"), Case(4, 2, 3, "alltoall")],
+    [
+        Case(4, 4, 1, "alltoall"),
+        Case(4, 2, 2, "allgather"),
+        Case(4, 4, 3, "allgather"),
+        Case(4, 2, 3, "alltoall"),
+    ],
     ids=str,
 )
 def test_ends_soon_and_exact(case: Case, kind: str, skewed: bool, get_pool: Any) -> None:
