@@ -45,9 +45,7 @@ def imports(path: Path, source: str | None = None) -> list[Import]:
     return list(_imports(tree, package, at_import_time=True, only_for_types=False))
 
 
-def _imports(
-    node: ast.AST, package: tuple[str, ...], at_import_time: bool, only_for_types: bool
-) -> Iterator[Import]:
+def _imports(node: ast.AST, package: tuple[str, ...], at_import_time: bool, only_for_types: bool) -> Iterator[Import]:
     if isinstance(node, ast.Import):
         for alias in node.names:
             yield Import(alias.name, node.lineno, at_import_time, only_for_types)
@@ -91,9 +89,7 @@ def wrong_direction(path: Path, found: list[Import]) -> list[str]:
         if other is None or other == own:
             continue
         if other == "__init__" and any(
-            part(i.module) != "__init__"
-            for i in found
-            if i.line == item.line and i.module.startswith(item.module)
+            part(i.module) != "__init__" for i in found if i.line == item.line and i.module.startswith(item.module)
         ):
             continue  # `from lightning_moe import nn` is an import of nn
         if own == "testing":
@@ -114,9 +110,7 @@ def test_there_are_files() -> None:
 @pytest.mark.parametrize("path", FILES, ids=str)
 def test_imports_point_downward(path: Path) -> None:
     own = part_of_file(path)
-    assert own in LEVEL or own == "testing", (
-        f"{path}: {own} has no level in the layout; give it one in LEVELS."
-    )
+    assert own in LEVEL or own == "testing", f"{path}: {own} has no level in the layout; give it one in LEVELS."
     problems = wrong_direction(path, imports(path))
     assert not problems, "\n".join(problems)
 
@@ -146,9 +140,7 @@ def test_nothing_prints(path: Path) -> None:
 @pytest.mark.parametrize("module", ["lightning_moe", "lightning_moe.testing"])
 def test_importing_the_package_does_not_import_deepspeed(module: str) -> None:
     code = f"import sys, {module}; print([m for m in sys.modules if m.split('.')[0] == 'deepspeed'])"
-    result = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=100
-    )
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=100)
     assert result.returncode == 0, result.stderr
     assert result.stdout.strip() == "[]"
 

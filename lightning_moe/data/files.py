@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sysconfig
 from collections.abc import Iterable
 from fnmatch import fnmatchcase
@@ -31,11 +32,11 @@ def find_files(path: str, pattern: str, exclude: Iterable[str]) -> dict[str, Pat
         ValueError: There is no such path, or nothing in it matches; or the pattern is not one.
     """
     root, pattern = _root_and_pattern(path, pattern)
-    if root.is_file():
+    if os.path.isfile(root):  # unlike the methods of Path, False also where permission is missing
         return {root.name: root}
-    if not root.is_dir():
+    if not os.path.isdir(root):
         raise ValueError(
-            f"path={path!r}: {root} does not exist. Name a folder, a glob or a file of text, or "
+            f"path={path!r}: {root} does not exist or is not accessible. Name a folder, a glob or a file of text, or "
             "'stdlib' for Python's own library."
         )
     try:
@@ -49,7 +50,7 @@ def find_files(path: str, pattern: str, exclude: Iterable[str]) -> dict[str, Pat
     for match in matches:
         name = match.relative_to(root).as_posix()
         in_stdlib = path != STDLIB or _NOT_STDLIB.isdisjoint(name.split("/")[:-1])
-        if in_stdlib and not any(fnmatchcase(name, left_out) for left_out in exclude) and not match.is_dir():
+        if in_stdlib and not any(fnmatchcase(name, left_out) for left_out in exclude) and not os.path.isdir(match):
             files[name] = match
     if not files:
         but = f" and is not left out by exclude={exclude}" if exclude else ""
@@ -65,7 +66,7 @@ def _root_and_pattern(path: str, pattern: str) -> tuple[Path, str]:
         return Path(sysconfig.get_paths()["stdlib"]), pattern
     given = Path(path).expanduser()
     # A path that exists is taken as it is: a folder's name may contain brackets.
-    if given.exists() or not any(character in path for character in _MAGIC):
+    if os.path.exists(given) or not any(character in path for character in _MAGIC):
         return given, pattern
     first = next(i for i, part in enumerate(given.parts) if any(character in part for character in _MAGIC))
     return Path(*given.parts[:first]), Path(*given.parts[first:]).as_posix()

@@ -137,7 +137,8 @@ def grouped_linear(x_RD: Tensor, weight_LGD: Tensor, rows_per_group_L: Tensor) -
 
 def _contiguous(grad: Tensor) -> Tensor:
     """Gradients that were expanded, as after ``sum()``, are refused by grouped_mm's backward."""
-    return grad.contiguous()
+    # Not contiguous(): it takes a tensor with no rows for contiguous whatever its strides.
+    return grad.clone(memory_format=torch.contiguous_format) if 0 in grad.stride() else grad.contiguous()
 
 
 def _grouped_mm_takes(x_RD: Tensor, weight_LGD: Tensor) -> bool:

@@ -230,7 +230,8 @@ class ExpertParallelStrategy(DeepSpeedStrategy):
         def closure_then_clip() -> Any:
             result = closure()
             if self._stage == 0:
-                assert self.expert_groups is not None and self.expert_groups.ep_group is not None
+                assert self.expert_groups is not None
+                assert self.expert_groups.ep_group is not None
                 self._unpartitioned_norm = engine.clip_unpartitioned_gradients(
                     self.deepspeed_engine, self.expert_groups.ep_group, self._clip_norm
                 )

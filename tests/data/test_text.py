@@ -123,9 +123,7 @@ def test_no_file_is_on_both_sides(folder: Path) -> None:
     assert len(data.val_files) == 4
     assert len(data.train_files) == 16
     assert not set(data.train_files) & set(data.val_files)
-    train, val = (
-        set(torch.cat(list(x())).unique().tolist()) for x in (data.train_dataloader, data.val_dataloader)
-    )
+    train, val = (set(torch.cat(list(x())).unique().tolist()) for x in (data.train_dataloader, data.val_dataloader))
     assert train & val == {ord("\n")}
     assert {f"part{(b - 100) % 3}/{b - 100:02}.txt" for b in val - {10}} == set(data.val_files)
 
@@ -151,9 +149,7 @@ def test_an_added_file_moves_no_other_from_validation_to_training() -> None:
     assert len(set(before) - set(after)) <= 1
 
 
-@pytest.mark.parametrize(
-    ("num_files", "val_fraction", "num_val"), [(2, 0.01, 1), (2, 0.99, 1), (10, 0.25, 3)]
-)
+@pytest.mark.parametrize(("num_files", "val_fraction", "num_val"), [(2, 0.01, 1), (2, 0.99, 1), (10, 0.25, 3)])
 def test_both_sides_have_a_file(num_files: int, val_fraction: float, num_val: int) -> None:
     train, val = split_files([str(number) for number in range(num_files)], val_fraction, seed=0)
     assert len(val) == num_val
@@ -227,10 +223,7 @@ def test_unreadable_files_are_left_out_with_one_warning(folder: Path) -> None:
         data = ready(folder)
     assert len(data.train_files + data.val_files) == 20
     assert [str(w.message) for w in warned] == [
-        (
-            f"path='{folder}': 2 of 22 files cannot be read, a.txt for example: it is a broken link. "
-            "They are left out."
-        )
+        (f"path='{folder}': 2 of 22 files cannot be read, a.txt for example: it is a broken link. They are left out.")
     ]
 
 
@@ -261,10 +254,7 @@ def test_a_file_without_permission_is_left_out(folder: Path, monkeypatch: pytest
         *(
             (
                 {"val_fraction": value},
-                (
-                    f"val_fraction={value}: must be above 0 and below 1, a share of the files. "
-                    "Use 0.05, for example."
-                ),
+                (f"val_fraction={value}: must be above 0 and below 1, a share of the files. Use 0.05, for example."),
             )
             for value in (0.0, 1.0, -0.1, float("nan"))
         ),
@@ -286,8 +276,8 @@ def test_wrong_settings_are_refused_at_once(settings: dict[str, Any], expected: 
 def test_a_path_that_does_not_exist(tmp_path: Path, name: str) -> None:
     path = tmp_path / name
     expected = (
-        f"path='{path}': {tmp_path / 'nowhere'} does not exist. Name a folder, a glob or a file of text, or "
-        "'stdlib' for Python's own library."
+        f"path='{path}': {tmp_path / 'nowhere'} does not exist or is not accessible. Name a folder, "
+        "a glob or a file of text, or 'stdlib' for Python's own library."
     )
     with pytest.raises(ValueError, match=message(expected)):
         make(path).setup("fit")
@@ -334,9 +324,7 @@ def test_no_file_is_readable(tmp_path: Path) -> None:
 def test_an_empty_file(tmp_path: Path) -> None:
     (tmp_path / "a.txt").touch()
     for path in (tmp_path, tmp_path / "a.txt"):
-        with pytest.raises(
-            ValueError, match=message(f"path='{path}': a.txt is empty. Name files with text.")
-        ):
+        with pytest.raises(ValueError, match=message(f"path='{path}': a.txt is empty. Name files with text.")):
             make(path).setup("fit")
 
 

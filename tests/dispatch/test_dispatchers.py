@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, cast
 
 import pytest
@@ -180,7 +180,7 @@ def through_experts(name: str, ep_size: int, case: str) -> None:
         dist.all_reduce(expected[weight], group=groups.ep_group)
         expected[weight] = expected[weight][own]
     for what, value in expected.items():
-        assert_close(ours[what].double(), value, rtol=1e-6, atol=1e-6, msg=lambda m, w=what: f"{w}: {m}")
+        assert_close(ours[what].double(), value, rtol=1e-6, atol=1e-6, msg=partial("{}: {}".format, what))
     largest = max(float(value.abs().max()) if value.numel() else 0.0 for value in expected.values())
     assert largest > 0.1 or case in ("all empty", "one rank empty", "one rank drops all", "to one rank")
 
@@ -220,9 +220,7 @@ def largest(ep_size: int) -> int:
     return int(dispatcher.largest_num_tokens(10 + dist.get_rank(), torch.device("cpu")))
 
 
-@pytest.mark.parametrize(
-    ("ep_size", "expected"), [(1, [10, 11, 12, 13]), (2, [11, 11, 13, 13]), (4, [13] * 4)]
-)
+@pytest.mark.parametrize(("ep_size", "expected"), [(1, [10, 11, 12, 13]), (2, [11, 11, 13, 13]), (4, [13] * 4)])
 def test_largest_number_of_tokens_of_the_ep_group(ep_size: int, expected: list[int], pool4: RankPool) -> None:
     assert pool4.run(largest, ep_size) == expected
 
@@ -311,8 +309,7 @@ def test_no_process_group_is_refused(dispatcher: type[Any]) -> None:
 @pytest.mark.parametrize("name", ["allgather", "alltoall", "auto"])
 def test_experts_that_do_not_divide_are_refused(name: str) -> None:
     message = (
-        "num_experts=6: must be divisible by expert_parallel_size=4. "
-        "Use 8 experts, or another expert_parallel_size."
+        "num_experts=6: must be divisible by expert_parallel_size=4. Use 8 experts, or another expert_parallel_size."
     )
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         make_dispatcher(name, 6, fake_groups(4))

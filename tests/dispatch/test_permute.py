@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -140,12 +142,13 @@ def test_both_ways_are_the_plain_loops(case: tuple[Tensor, int, Tensor | None]) 
         return torch.randn(*shape, dtype=torch.float64, generator=generator)
 
     x, y, scores = drawn(len(ids_TK), 3), drawn(len(plan.assignment_R), 3), drawn(*ids_TK.shape)
-    for ours, looped, inputs in (
+    pairs: list[tuple[Callable[..., Tensor], Callable[..., Tensor], tuple[Tensor, ...]]] = [
         (permute, looped_permute, (x,)),
         (unpermute, looped_unpermute, (y, scores)),
-    ):
+    ]
+    for ours, looped, inputs in pairs:
         leaves = [[value.clone().requires_grad_() for value in inputs] for _ in range(2)]
-        outputs = [ours(*leaves[0], plan), looped(*leaves[1], plan)]  # type: ignore[operator]
+        outputs = [ours(*leaves[0], plan), looped(*leaves[1], plan)]
         assert_close(outputs[0], outputs[1], rtol=0, atol=1e-14)
         upstream = drawn(*outputs[0].shape)
         for output in outputs:

@@ -121,9 +121,7 @@ def test_losses_are_fp32_in_bf16() -> None:
 def test_token_losses_are_those_of_the_next_byte() -> None:
     model, tokens = make().eval(), text(2, 5)
     log_probs = model(tokens[:, :-1]).log_softmax(-1)
-    expected = torch.stack([-log_probs[b, s, tokens[b, s + 1]] for b in range(2) for s in range(5)]).view(
-        2, 5
-    )
+    expected = torch.stack([-log_probs[b, s, tokens[b, s + 1]] for b in range(2) for s in range(5)]).view(2, 5)
     torch.testing.assert_close(model.token_losses(tokens), expected)
 
 

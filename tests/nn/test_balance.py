@@ -105,7 +105,7 @@ def test_gradients_as_by_finite_differences() -> None:
 
 
 def test_a_step_against_the_gradient_balances() -> None:
-    logits, scores, ids = routed(50, 4, 1)
+    logits, _, _ = routed(50, 4, 1)
     logits = (logits + torch.tensor([2.0, 0.0, 0.0, 0.0])).requires_grad_()
     before = load_balancing_loss(logits.softmax(-1), logits.argmax(-1, keepdim=True))
     before.backward()

@@ -30,9 +30,7 @@ from lightning_moe.nn import expert_capacity, keep_within_capacity
         (100_000_000, 3, 1, 1.0, 4, 33_333_334),  # fp32 could not tell this from its neighbours
     ],
 )
-def test_table(
-    num_tokens: int, num_experts: int, top_k: int, factor: float, min_capacity: int, expected: int
-) -> None:
+def test_table(num_tokens: int, num_experts: int, top_k: int, factor: float, min_capacity: int, expected: int) -> None:
     for tokens in (num_tokens, torch.tensor(num_tokens)):
         capacity = expert_capacity(tokens, num_experts, top_k, factor, min_capacity)
         assert capacity.shape == ()
@@ -40,15 +38,11 @@ def test_table(
         assert capacity.item() == expected
 
 
-def kept_by_loops(
-    ids: list[list[int]], scores: list[list[float]], num_experts: int, capacity: int
-) -> list[list[bool]]:
+def kept_by_loops(ids: list[list[int]], scores: list[list[float]], num_experts: int, capacity: int) -> list[list[bool]]:
     """Every expert goes through those that ask for it, the best first, and takes as many as it can."""
     kept = [[False] * len(row) for row in ids]
     for expert in range(num_experts):
-        asking = [
-            (-scores[t][k], t, k) for t, row in enumerate(ids) for k, e in enumerate(row) if e == expert
-        ]
+        asking = [(-scores[t][k], t, k) for t, row in enumerate(ids) for k, e in enumerate(row) if e == expert]
         for _, t, k in sorted(asking)[:capacity]:
             kept[t][k] = True
     return kept

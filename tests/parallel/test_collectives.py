@@ -24,6 +24,11 @@ SILENT = {  # nobody sends to rank 0, and rank 1 sends nothing
 }
 
 
+def world_group() -> dist.ProcessGroup:
+    assert dist.group.WORLD is not None
+    return dist.group.WORLD
+
+
 def row(sender: int, receiver: int, index: int) -> list[float]:
     return [100.0 * sender + 10 * receiver + index, -1.0 - sender]
 
@@ -44,7 +49,7 @@ def exchange(splits: list[list[int]], dtype: torch.dtype) -> None:
     arriving = [(peer, rank, i) for peer in range(world) for i in range(receives[peer])]
 
     x = tensor([row(*key) for key in sent]).to(dtype).requires_grad_()
-    y = all_to_all(x, receives, sends, dist.group.WORLD)
+    y = all_to_all(x, receives, sends, world_group())
     assert y.dtype == dtype
     assert y.tolist() == tensor([row(*key) for key in arriving]).to(dtype).tolist()
     y.backward(tensor([gradient(*key) for key in arriving]).to(dtype))
@@ -64,7 +69,7 @@ def test_all_to_all(
 def gather() -> None:
     rank, world = dist.get_rank(), dist.get_world_size()
     x = torch.tensor([[1.0 + rank, 2.0], [3.0, 10.0 * rank]], dtype=torch.float64, requires_grad=True)
-    y = all_gather(x, dist.group.WORLD)
+    y = all_gather(x, world_group())
     assert y.tolist() == [r for p in range(world) for r in ([1.0 + p, 2.0], [3.0, 10.0 * p])]
     # Rank q weighs what came from rank p by 10^q + p: rank p's gradient is the sum over q.
     weights = [[[10.0**rank + p, -(10.0**rank)], [p * 10.0**rank, 1.0]] for p in range(world)]
@@ -79,7 +84,7 @@ def scatter() -> None:
     # Rank q holds for every receiver p the row (10^q, p + q).
     x = torch.tensor([[10.0**rank, float(p + rank)] for p in range(world)], dtype=torch.float64)
     x.requires_grad_()
-    y = reduce_scatter(x, dist.group.WORLD)
+    y = reduce_scatter(x, world_group())
     of_all = sum(range(world))
     assert y.tolist() == [[sum(10.0**q for q in range(world)), float(world * rank + of_all)]]
     y.backward(torch.tensor([[rank + 0.25, -3.0 * rank]], dtype=torch.float64))
@@ -89,7 +94,7 @@ def scatter() -> None:
 
 def gather_integers() -> list[int]:
     rank = dist.get_rank()
-    return all_gather(torch.tensor([2**40 + rank, -rank]), dist.group.WORLD).tolist()
+    return all_gather(torch.tensor([2**40 + rank, -rank]), world_group()).tolist()
 
 
 @pytest.mark.parametrize("world", [2, 4])
@@ -108,7 +113,7 @@ def test_all_gather_of_counts(pool4: RankPool) -> None:
 
 def _operations() -> dict[str, tuple[Callable[[Tensor], Tensor], int]]:
     """Every collective with the number of rows that it takes on this rank."""
-    rank, world, group = dist.get_rank(), dist.get_world_size(), dist.group.WORLD
+    rank, world, group = dist.get_rank(), dist.get_world_size(), world_group()
     sends, receives = SPLITS[world][rank], [sender[rank] for sender in SPLITS[world]]
     return {
         "all_to_all": (lambda x: all_to_all(x, receives, sends, group), sum(sends)),

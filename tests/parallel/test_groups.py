@@ -7,6 +7,7 @@ import copy
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 from unittest.mock import patch
 
 import pytest
@@ -37,7 +38,7 @@ def make_groups(ep_size: int) -> Made:
     order: list[list[int]] = []
     make = distributed_c10d.new_group
 
-    def record(ranks: list[int], *args: object, **kwargs: object) -> object:
+    def record(ranks: list[int], *args: Any, **kwargs: Any) -> Any:
         order.append(list(ranks))
         return make(ranks, *args, **kwargs)
 
@@ -57,7 +58,8 @@ def make_groups(ep_size: int) -> Made:
         {kind: dist.get_process_group_ranks(group) for kind, group in by_kind.items()},
         {kind: group.group_name for kind, group in by_kind.items()},
         order,
-        *sums,
+        sums[0],
+        sums[1],
         copy.deepcopy(groups) is groups and copy.deepcopy([groups])[0].ep_group is groups.ep_group,
     )
     for group in by_kind.values():
@@ -85,9 +87,7 @@ def test_every_rank_gets_its_groups(ep_size: int, get_pool: Callable[..., RankPo
 
 
 @pytest.mark.parametrize("ep_size", [1, 2, 4])
-def test_every_rank_makes_all_groups_in_the_same_order(
-    ep_size: int, get_pool: Callable[..., RankPool]
-) -> None:
+def test_every_rank_makes_all_groups_in_the_same_order(ep_size: int, get_pool: Callable[..., RankPool]) -> None:
     topology = Topology(4, ep_size)
     expected = [list(ranks) for ranks in (*topology.edp_groups, *topology.ep_groups)]
     assert [made.order for made in get_pool(4).run(make_groups, ep_size)] == [expected] * 4
@@ -119,11 +119,16 @@ def test_scopes_nest_and_reset() -> None:
 
 def test_scopes_reset_on_exceptions() -> None:
     outer, inner = ExpertGroups(ep_size=2, ep_rank=1), ExpertGroups(ep_size=4, ep_rank=3)
-    with pytest.raises(RuntimeError, match="^from the inside$"), building_for(outer):
-        with contextlib.suppress(KeyError), building_for(inner):
-            raise KeyError
-        assert groups_in_scope() is outer
-        raise RuntimeError("from the inside")
+
+    def fail() -> None:
+        with building_for(outer):
+            with contextlib.suppress(KeyError), building_for(inner):
+                raise KeyError
+            assert groups_in_scope() is outer
+            raise RuntimeError("from the inside")
+
+    with pytest.raises(RuntimeError, match=r"^from the inside$"):
+        fail()
     assert groups_in_scope() is SINGLE_RANK
 
 
@@ -139,8 +144,7 @@ def test_local_experts_by_ep_rank() -> None:
 
 def test_local_experts_that_do_not_divide_are_refused() -> None:
     message = (
-        "num_experts=5: must be divisible by expert_parallel_size=2. "
-        "Use 6 experts, or another expert_parallel_size."
+        "num_experts=5: must be divisible by expert_parallel_size=2. Use 6 experts, or another expert_parallel_size."
     )
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         ExpertGroups(ep_size=2).local_experts(5)

@@ -107,9 +107,7 @@ def ranks_of_deepspeed(ep_size: int) -> tuple[list[int], list[int]]:
 
 
 @pytest.mark.parametrize("ep_size", [1, 2, 4])
-def test_running_groups_of_deepspeed_have_these_ranks(
-    ep_size: int, get_pool: Callable[..., RankPool]
-) -> None:
+def test_running_groups_of_deepspeed_have_these_ranks(ep_size: int, get_pool: Callable[..., RankPool]) -> None:
     topology = Topology(4, ep_size)
     for rank, (ep_ranks, edp_ranks) in enumerate(get_pool(4).run(ranks_of_deepspeed, ep_size)):
         assert [tuple(ep_ranks)] == [ranks for ranks in topology.ep_groups if rank in ranks]
@@ -122,20 +120,20 @@ def test_running_groups_of_deepspeed_have_these_ranks(
         (
             4,
             0,
-            "expert_parallel_size=0: must be at least 1. "
-            "Use 1 to keep every expert on every rank, or 'auto'.",
+            "expert_parallel_size=0: must be at least 1. Use 1 to keep every expert on every rank, or 'auto'.",
         ),
         (
             4,
             -2,
-            "expert_parallel_size=-2: must be at least 1. "
-            "Use 1 to keep every expert on every rank, or 'auto'.",
+            "expert_parallel_size=-2: must be at least 1. Use 1 to keep every expert on every rank, or 'auto'.",
         ),
         (
             4,
             8,
-            "expert_parallel_size=8: must not be above the number of ranks, 4. "
-            "Lower it, or start 8 ranks (devices x num_nodes).",
+            (
+                "expert_parallel_size=8: must not be above the number of ranks, 4. Lower it, or start 8 ranks "
+                "(devices x num_nodes)."
+            ),
         ),
         (
             12,
@@ -157,8 +155,7 @@ def test_a_wrong_size_is_refused(world_size: int, ep_size: int, message: str) ->
 )
 def test_experts_that_do_not_divide_are_refused(call: Callable[[], Any]) -> None:
     message = (
-        "num_experts=6: must be divisible by expert_parallel_size=4. "
-        "Use 8 experts, or another expert_parallel_size."
+        "num_experts=6: must be divisible by expert_parallel_size=4. Use 8 experts, or another expert_parallel_size."
     )
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         call()

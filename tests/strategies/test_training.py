@@ -310,7 +310,8 @@ def alias() -> str:
                         enable_checkpointing=False, enable_progress_bar=False)  # fmt: skip
     trainer.fit(Toy(MoEConfig(num_experts=6, intermediate_size=8)), loader(ToyData(16), 2, rank()))
     strategy = trainer.strategy
-    assert isinstance(strategy, ExpertParallelStrategy) and strategy.expert_groups is not None
+    assert isinstance(strategy, ExpertParallelStrategy)
+    assert strategy.expert_groups is not None
     return f"{type(strategy).__name__} {strategy.expert_groups.ep_size}"
 
 

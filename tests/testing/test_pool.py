@@ -232,9 +232,7 @@ def test_an_error_while_others_wait_in_a_collective(fragile_pool: RankPool) -> N
     assert "the-missing-key" in error.errors[1].message
     assert error.errors[0].type_name == "NoAnswer"
     assert "all_reduce" in error.errors[0].traceback
-    assert str(error).startswith(
-        "raise_on_one_while_others_wait failed on ranks 0, 1 of 2. No answer from rank 0"
-    )
+    assert str(error).startswith("raise_on_one_while_others_wait failed on ranks 0, 1 of 2. No answer from rank 0")
     assert "rank 0 was here" in str(error)
     assert "rank 1 was here" in str(error)
     assert [result[0] for result in pool.run(rank_and_arguments)] == [0, 1]
@@ -294,9 +292,7 @@ def test_what_cannot_be_pickled_is_an_error(pool2: RankPool) -> None:
 
 
 @pytest.mark.parametrize(("task", "args"), [(lose_the_group, ()), (leave_groups, (120,))])
-def test_worn_ranks_are_replaced(
-    fragile_pool: RankPool, task: Callable[..., None], args: tuple[int, ...]
-) -> None:
+def test_worn_ranks_are_replaced(fragile_pool: RankPool, task: Callable[..., None], args: tuple[int, ...]) -> None:
     pool = fragile_pool
     pool.run(task, *args)
     pids = pool.pids
