@@ -106,3 +106,15 @@ def _describe(process: psutil.Process) -> str:
         return f"{process.pid} {' '.join(process.cmdline())}"
     except psutil.Error:
         return f"{process.pid}"
+
+
+def write_text(folder: Path, num_files: int = 6, num_bytes: int = 12_000) -> Path:
+    """A folder of small Python files, enough for a few steps of every config."""
+    folder.mkdir(parents=True)
+    for i in range(num_files):
+        lines = (f"def function_{i}_{j}(x):\n    return x + {j * 7919 % 1000}\n\n" for j in range(num_bytes))
+        text = ""
+        while len(text) < num_bytes:
+            text += next(lines)
+        (folder / f"file_{i}.py").write_text(text)
+    return folder

@@ -1,4 +1,4 @@
-"""What the callbacks share: finding the MoE layers, and refusing the wrong Trainer."""
+"""What the callbacks share: their time with the layers, when to log, and a mean over ranks."""
 
 from __future__ import annotations
 
@@ -7,14 +7,59 @@ from collections.abc import Sequence
 import lightning as L
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from torch import Tensor, nn
+from torch import Tensor
+from typing_extensions import override
 
 from lightning_moe.nn import MoE
 
 
-def moe_layers(module: nn.Module) -> list[MoE]:
-    """The MoE layers of a model, in the order of its modules."""
-    return [layer for layer in module.modules() if isinstance(layer, MoE)]
+class RoutingCallback(L.Callback):
+    """Base of the callbacks that listen to the MoE layers while a model is fitted.
+
+    Attributes:
+        layers: The MoE layers, in the order of the model's modules; empty outside of ``fit``.
+
+    Raises:
+        MisconfigurationException: the Trainer is of ``pytorch_lightning``, or the model has no MoE layer.
+    """
+
+    def __init__(self) -> None:
+        self.layers: list[MoE] = []
+
+    def attach(self, pl_module: L.LightningModule) -> None:
+        """Begins to listen to ``self.layers``."""
+        raise NotImplementedError
+
+    def detach(self) -> None:
+        """Leaves ``self.layers`` as they were."""
+        raise NotImplementedError
+
+    @override
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        require_lightning(trainer, self)
+
+    @override
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.layers = [module for module in pl_module.modules() if isinstance(module, MoE)]
+        if not self.layers:
+            raise MisconfigurationException(
+                f"{type(self).__name__}: {type(pl_module).__name__} has no lightning_moe.MoE layer. Build one in "
+                "__init__ or configure_model, or leave the callback out."
+            )
+        self.attach(pl_module)
+
+    @override
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._stop()
+
+    @override
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        self._stop()
+
+    def _stop(self) -> None:
+        if self.layers:
+            self.detach()
+        self.layers = []
 
 
 def require_lightning(trainer: L.Trainer, callback: L.Callback) -> None:

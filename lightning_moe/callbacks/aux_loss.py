@@ -7,15 +7,14 @@ from typing import Any, Literal
 
 import lightning as L
 import torch
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_moe.callbacks._layers import is_logging_step, mean_over_ranks, moe_layers, require_lightning
-from lightning_moe.nn import MoE, RoutingStats
+from lightning_moe.callbacks._layers import RoutingCallback, is_logging_step, mean_over_ranks
+from lightning_moe.nn import RoutingStats
 
 
-class AuxLossCallback(L.Callback):
+class AuxLossCallback(RoutingCallback):
     """Adds the load-balancing loss and the router z-loss to the objective, and logs them.
 
     The gradient is that of ``task_loss + load_balancing * mean L_lb + router_z * mean L_z``, where the means are
@@ -51,45 +50,26 @@ class AuxLossCallback(L.Callback):
             raise ValueError(f"warmup_steps={warmup_steps}: must be 0 or more. Use 0 for full weights at once.")
         if scope != "micro_batch":
             raise ValueError(f"scope={scope!r}: unknown. Known: micro_batch.")
+        super().__init__()
         self.load_balancing = load_balancing
         self.router_z = router_z
         self.scope = scope
         self.warmup_steps = warmup_steps
-        self._layers: list[MoE] = []
         self._losses_2: list[Tensor] = []
 
     @override
-    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        require_lightning(trainer, self)
-
-    @override
-    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._layers = moe_layers(pl_module)
-        if not self._layers:
-            raise MisconfigurationException(
-                f"AuxLossCallback: {type(pl_module).__name__} has no lightning_moe.MoE layer whose losses it could "
-                "add. Build one in __init__ or configure_model, or leave the callback out."
-            )
+    def attach(self, pl_module: L.LightningModule) -> None:
         self._losses_2 = []
-        for layer in self._layers:
+        for layer in self.layers:
             layer.tap.loss_weights = (0.0, 0.0)
             layer.tap.observers.append(self._observe)
 
     @override
-    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._release()
-
-    @override
-    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        self._release()
-
-    def _release(self) -> None:
-        for layer in self._layers:
+    def detach(self) -> None:
+        for layer in self.layers:
             layer.tap.loss_weights = None
             layer.tap.loss_gradient = 1.0
-            if self._observe in layer.tap.observers:
-                layer.tap.observers.remove(self._observe)
-        self._layers = []
+            layer.tap.observers.remove(self._observe)
 
     def weights(self, step: int) -> tuple[float, float]:
         """Both weights at an optimizer step."""
@@ -99,12 +79,12 @@ class AuxLossCallback(L.Callback):
     @override
     def on_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Tensor) -> None:
         # Lightning has already divided the task's loss by the number of micro-batches.
-        share = len(self._layers) * (trainer.accumulate_grad_batches if pl_module.automatic_optimization else 1)
+        share = len(self.layers) * (trainer.accumulate_grad_batches if pl_module.automatic_optimization else 1)
         load_balancing, router_z = self.weights(trainer.global_step)
         # Under DDP's 16-mixed the loss that comes here is scaled already; elsewhere its own gradient tells the scale.
         scaler = getattr(trainer.precision_plugin, "scaler", None)
         scale: Any = 1.0 if scaler is None else scaler.scale(torch.ones((), device=loss.device))
-        for layer in self._layers:
+        for layer in self.layers:
             layer.tap.loss_weights = (load_balancing / share, router_z / share)
             layer.tap.loss_gradient = scale
         if scaler is None and loss.requires_grad:
@@ -112,7 +92,7 @@ class AuxLossCallback(L.Callback):
 
     def _set_loss_gradient(self, grad: Tensor) -> None:
         """First of all hooks in the backward pass: whatever the engine scales the loss by arrives here."""
-        for layer in self._layers:
+        for layer in self.layers:
             layer.tap.loss_gradient = grad.float()
 
     def _observe(self, stats: RoutingStats) -> None:

@@ -6,15 +6,14 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_moe.callbacks._layers import is_logging_step, moe_layers, require_lightning
-from lightning_moe.nn import MoE, RoutingStats
+from lightning_moe.callbacks._layers import RoutingCallback, is_logging_step
+from lightning_moe.nn import RoutingStats
 
 
-class ExpertLoadMonitor(L.Callback):
+class ExpertLoadMonitor(RoutingCallback):
     """Logs how evenly tokens spread over the experts in training.
 
     ``moe/load_imbalance`` is the largest over the mean of ``tokens_per_expert``, averaged over the layers: 1 is
@@ -30,38 +29,20 @@ class ExpertLoadMonitor(L.Callback):
     """
 
     def __init__(self, prog_bar: bool = True) -> None:
+        super().__init__()
         self.prog_bar = prog_bar
-        self._layers: list[MoE] = []
-        self._observers: list[_Counter] = []
+        self._counters: list[_Counter] = []
 
     @override
-    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        require_lightning(trainer, self)
+    def attach(self, pl_module: L.LightningModule) -> None:
+        self._counters = [_Counter(layer.num_experts, pl_module.device) for layer in self.layers]
+        for layer, counter in zip(self.layers, self._counters, strict=True):
+            layer.tap.observers.append(counter)
 
     @override
-    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._layers = moe_layers(pl_module)
-        if not self._layers:
-            raise MisconfigurationException(
-                f"ExpertLoadMonitor: {type(pl_module).__name__} has no lightning_moe.MoE layer to watch. Build one "
-                "in __init__ or configure_model, or leave the callback out."
-            )
-        self._observers = [_Counter(layer.num_experts, pl_module.device) for layer in self._layers]
-        for layer, observer in zip(self._layers, self._observers, strict=True):
-            layer.tap.observers.append(observer)
-
-    @override
-    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._release()
-
-    @override
-    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        self._release()
-
-    def _release(self) -> None:
-        for layer, observer in zip(self._layers, self._observers, strict=True):
-            layer.tap.observers.remove(observer)
-        self._layers, self._observers = [], []
+    def detach(self) -> None:
+        for layer, counter in zip(self.layers, self._counters, strict=True):
+            layer.tap.observers.remove(counter)
 
     @override
     def on_train_batch_end(
@@ -69,10 +50,10 @@ class ExpertLoadMonitor(L.Callback):
     ) -> None:
         if not is_logging_step(trainer):
             return
-        local = torch.cat([observer.take() for observer in self._observers])
+        local = torch.cat([counter.take() for counter in self._counters])
         counts = trainer.strategy.reduce(local, reduce_op="sum")
         imbalances, dropped_fractions = [], []
-        for layer_counts in counts.split([observer.counts.numel() for observer in self._observers]):
+        for layer_counts in counts.split([counter.counts.numel() for counter in self._counters]):
             tokens_per_expert_E, num_dropped = layer_counts[:-1], layer_counts[-1]
             total = tokens_per_expert_E.sum().clamp(min=1)
             imbalances.append(tokens_per_expert_E.max() * tokens_per_expert_E.numel() / total)

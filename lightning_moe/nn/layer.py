@@ -6,6 +6,7 @@ Shapes: T local tokens, D model width, K experts per token, R rows for this rank
 from __future__ import annotations
 
 import warnings
+
 import torch
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from torch import Tensor, nn

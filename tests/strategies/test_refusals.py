@@ -54,16 +54,36 @@ def with_size(size: Any) -> None:
 @pytest.mark.parametrize(
     ("size", "message"),
     [
-        (0, "expert_parallel_size=0: must be 'auto' or a whole number of at least 1. Use 1 to keep every expert on every "
-         "rank."),
-        (-2, "expert_parallel_size=-2: must be 'auto' or a whole number of at least 1. Use 1 to keep every expert on "
-         "every rank."),
-        ("all", "expert_parallel_size='all': must be 'auto' or a whole number of at least 1. Use 1 to keep every expert "
-         "on every rank."),
-        (3, "expert_parallel_size=3: must not be above the number of ranks, 2. Lower it, or start 3 ranks (devices x "
-         "num_nodes)."),
+        (
+            0,
+            (
+                "expert_parallel_size=0: must be 'auto' or a whole number of at least 1. Use 1 to keep every expert on every "
+                "rank."
+            ),
+        ),
+        (
+            -2,
+            (
+                "expert_parallel_size=-2: must be 'auto' or a whole number of at least 1. Use 1 to keep every expert on "
+                "every rank."
+            ),
+        ),
+        (
+            "all",
+            (
+                "expert_parallel_size='all': must be 'auto' or a whole number of at least 1. Use 1 to keep every expert "
+                "on every rank."
+            ),
+        ),
+        (
+            3,
+            (
+                "expert_parallel_size=3: must not be above the number of ranks, 2. Lower it, or start 3 ranks (devices x "
+                "num_nodes)."
+            ),
+        ),
     ],
-)  # fmt: skip
+)
 def test_expert_parallel_size(size: Any, message: str, get_pool: Any) -> None:
     assert_refused(get_pool(2).run(refused, with_size, size), "ValueError", message)
 
@@ -105,13 +125,23 @@ def with_local_dispatcher(lazy: bool) -> None:
 @pytest.mark.parametrize(
     ("start", "message"),
     [
-        (with_five_experts, "num_experts=5: must be divisible by expert_parallel_size=2. Use 6 experts, or another "
-         "expert_parallel_size."),
+        (
+            with_five_experts,
+            (
+                "num_experts=5: must be divisible by expert_parallel_size=2. Use 6 experts, or another "
+                "expert_parallel_size."
+            ),
+        ),
         (with_unknown_dispatcher, "dispatcher='telepathy': unknown. Known: allgather, alltoall, auto, local."),
-        (with_local_dispatcher, "dispatcher='local': expert_parallel_size is 2, and this dispatcher sends nothing to "
-         "other ranks. Use dispatcher='auto', or expert_parallel_size=1."),
+        (
+            with_local_dispatcher,
+            (
+                "dispatcher='local': expert_parallel_size is 2, and this dispatcher sends nothing to "
+                "other ranks. Use dispatcher='auto', or expert_parallel_size=1."
+            ),
+        ),
     ],
-)  # fmt: skip
+)
 def test_layer_settings(lazy: bool, start: Any, message: str, get_pool: Any) -> None:
     assert_refused(get_pool(2).run(refused, start, lazy), "ValueError", message)
 
@@ -185,21 +215,51 @@ def without_reduce_scatter() -> None:
 @pytest.mark.parametrize(
     ("start", "message"),
     [
-        (without_moe, "strategy='expert_parallel': Dense has no MoE layer. Build one with lightning_moe.MoE in __init__ or "
-         "configure_model, or use strategy='deepspeed'."),
-        (with_two_sizes, "blocks.1.ep_size=1: every MoE layer of a model uses the same, and expert_parallel_size is 2. "
-         "Set both to one number."),
-        (with_two_optimizers, "configure_optimizers returned 2 optimizers and 0 schedulers: ZeRO works with one optimizer "
-         "and at most one scheduler. Return one optimizer with several parameter groups, or chain schedulers with "
-         "torch.optim.lr_scheduler.SequentialLR."),
-        (clipped_by_value, "gradient_clip_algorithm='value': gradients are partitioned over ranks and can only be clipped "
-         "by norm. Use gradient_clip_algorithm='norm'."),
-        (without_contiguous_gradients, "contiguous_gradients=False: with ZeRO 1 the gradients of experts would be reduced "
-         "over the wrong ranks. Leave it at True, or use stage 0 or 3."),
-        (without_reduce_scatter, "reduce_scatter=False: with ZeRO 2 the gradients of experts would be reduced over the "
-         "wrong ranks. Leave it at True, or use stage 0 or 3."),
+        (
+            without_moe,
+            (
+                "strategy='expert_parallel': Dense has no MoE layer. Build one with lightning_moe.MoE in __init__ or "
+                "configure_model, or use strategy='deepspeed'."
+            ),
+        ),
+        (
+            with_two_sizes,
+            (
+                "blocks.1.ep_size=1: every MoE layer of a model uses the same, and expert_parallel_size is 2. "
+                "Set both to one number."
+            ),
+        ),
+        (
+            with_two_optimizers,
+            (
+                "configure_optimizers returned 2 optimizers and 0 schedulers: ZeRO works with one optimizer "
+                "and at most one scheduler. Return one optimizer with several parameter groups, or chain schedulers with "
+                "torch.optim.lr_scheduler.SequentialLR."
+            ),
+        ),
+        (
+            clipped_by_value,
+            (
+                "gradient_clip_algorithm='value': gradients are partitioned over ranks and can only be clipped "
+                "by norm. Use gradient_clip_algorithm='norm'."
+            ),
+        ),
+        (
+            without_contiguous_gradients,
+            (
+                "contiguous_gradients=False: with ZeRO 1 the gradients of experts would be reduced "
+                "over the wrong ranks. Leave it at True, or use stage 0 or 3."
+            ),
+        ),
+        (
+            without_reduce_scatter,
+            (
+                "reduce_scatter=False: with ZeRO 2 the gradients of experts would be reduced over the "
+                "wrong ranks. Leave it at True, or use stage 0 or 3."
+            ),
+        ),
     ],
-)  # fmt: skip
+)
 def test_model_and_trainer(start: Any, message: str, get_pool: Any) -> None:
     assert_refused(get_pool(2).run(refused, start), "MisconfigurationException", message)
 
@@ -229,9 +289,10 @@ def test_callbacks_in_a_trainer_of_pytorch_lightning(callback: Any, recwarn: Any
         def configure_optimizers(self) -> None:
             """Never reached."""
 
-    trainer = pytorch_lightning.Trainer(accelerator="cpu", callbacks=[callback], logger=False, max_steps=1,
-                                        enable_checkpointing=False)  # fmt: skip
-    with pytest.raises(Exception, match="MoE|Lightning") as caught:
+    trainer = pytorch_lightning.Trainer(
+        accelerator="cpu", callbacks=[callback], logger=False, max_steps=1, enable_checkpointing=False
+    )
+    with pytest.raises(Exception, match=r"MoE|Lightning") as caught:
         trainer.fit(Model(), loader(ToyData(16)))
     assert str(caught.value) == (
         f"{type(callback).__name__}: the Trainer is of pytorch_lightning, and this callback of lightning. Import Trainer, "
@@ -242,17 +303,37 @@ def test_callbacks_in_a_trainer_of_pytorch_lightning(callback: Any, recwarn: Any
 @pytest.mark.parametrize(
     ("callback", "message"),
     [
-        (AuxLossCallback(), "AuxLossCallback: Dense has no lightning_moe.MoE layer whose losses it could add. Build one in "
-         "__init__ or configure_model, or leave the callback out."),
-        (ExpertLoadMonitor(), "ExpertLoadMonitor: Dense has no lightning_moe.MoE layer to watch. Build one in __init__ or "
-         "configure_model, or leave the callback out."),
-        (SampleText(), "SampleText: Dense has no method generate(prompt, num_bytes). Add one, or leave the callback out."),
+        (
+            AuxLossCallback(),
+            (
+                "AuxLossCallback: Dense has no lightning_moe.MoE layer. Build one in "
+                "__init__ or configure_model, or leave the callback out."
+            ),
+        ),
+        (
+            ExpertLoadMonitor(),
+            (
+                "ExpertLoadMonitor: Dense has no lightning_moe.MoE layer. Build one in __init__ or "
+                "configure_model, or leave the callback out."
+            ),
+        ),
+        (
+            SampleText(),
+            "SampleText: Dense has no method generate(prompt, num_bytes). Add one, or leave the callback out.",
+        ),
     ],
     ids=["aux_loss", "expert_load", "sample_text"],
-)  # fmt: skip
+)
 def test_callbacks_without_what_they_need(callback: Any, message: str) -> None:
-    trainer = L.Trainer(accelerator="cpu", callbacks=[callback], logger=False, max_steps=1, enable_checkpointing=False,
-                        enable_progress_bar=False, enable_model_summary=False)  # fmt: skip
+    trainer = L.Trainer(
+        accelerator="cpu",
+        callbacks=[callback],
+        logger=False,
+        max_steps=1,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
     with pytest.raises(Exception, match="Dense") as caught:
         trainer.fit(Dense(), loader(ToyData(16)))
     assert str(caught.value) == message
@@ -261,12 +342,15 @@ def test_callbacks_without_what_they_need(callback: Any, message: str) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"load_balancing": -0.1}, "load_balancing=-0.1: must be a finite number of at least 0. Use 0 to leave it out."),
+        (
+            {"load_balancing": -0.1},
+            "load_balancing=-0.1: must be a finite number of at least 0. Use 0 to leave it out.",
+        ),
         ({"router_z": float("nan")}, "router_z=nan: must be a finite number of at least 0. Use 0 to leave it out."),
         ({"warmup_steps": -1}, "warmup_steps=-1: must be 0 or more. Use 0 for full weights at once."),
         ({"scope": "galaxy"}, "scope='galaxy': unknown. Known: micro_batch."),
     ],
-)  # fmt: skip
+)
 def test_aux_loss_options(options: Any, message: str) -> None:
     with pytest.raises(ValueError, match=r".") as caught:
         AuxLossCallback(**options)
