@@ -24,14 +24,14 @@ class Classifier(L.LightningModule):
         x, y = batch
         x = self.inp(x)
         loss = nn.functional.cross_entropy(self.out(x + self.moe(x)), y)
-        self.log("train_loss", loss, prog_bar=True)
+        self.log("train_loss", loss, prog_bar=True, sync_dist=True)
         return loss
 
     def configure_optimizers(self):
         return torch.optim.AdamW(self.parameters(), lr=3e-3)
 
 
-def main(max_steps: int = 200) -> float:
+def main(max_steps: int = 200) -> None:
     L.seed_everything(0)
     labels = torch.randint(8, (8192,))
     rotations = torch.randn(8, 16, 16)
@@ -47,8 +47,9 @@ def main(max_steps: int = 200) -> float:
         enable_checkpointing=False,
     )
     trainer.fit(Classifier(), DataLoader(TensorDataset(features, labels), batch_size=64, shuffle=True))
-    return trainer.callback_metrics["train_loss"].item()
+    if trainer.is_global_zero:
+        print(f"loss after training: {trainer.callback_metrics['train_loss']:.3f}")
 
 
 if __name__ == "__main__":
-    print(f"loss after training: {main():.3f}")
+    main()

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import re
+import sys
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +66,14 @@ class MoECLI(LightningCLI):
         )
 
     @override
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        given = sys.argv[1:] if args is None else args
+        if isinstance(given, list) and (said := _nulls_as_configs(given)) != given:
+            self.config = parser.parse_args(said)
+        else:
+            super().parse_arguments(parser, args)
+
+    @override
     def instantiate_classes(self) -> None:
         try:
             super().instantiate_classes()
@@ -81,6 +92,27 @@ class MoECLI(LightningCLI):
             places["checkpoint"] = checkpoint
         for name, place in places.items():
             rank_zero_info(f"{name}: {place}")
+
+
+def _nulls_as_configs(args: Sequence[str]) -> list[str]:
+    """``--model.moe.capacity_factor=null`` as a config that says so, in its place.
+
+    jsonargparse 4.53 hands a null two levels below a class on as the text "None", which it then refuses.
+    """
+    said: list[str] = []
+    for arg in args:
+        in_two = arg == "null" and said and re.fullmatch(_BELOW_A_CLASS, said[-1])
+        match = in_two or re.fullmatch(f"{_BELOW_A_CLASS}=null", arg)
+        if in_two:
+            said.pop()
+        config: Any = None
+        for key in reversed(match[1].split(".")) if match else ():
+            config = {key: config}
+        said.append(f"--config={json.dumps(config)}" if match else arg)
+    return said
+
+
+_BELOW_A_CLASS = r"--((?:model|data)(?:\.\w+){2,})"
 
 
 def main(args: ArgsType = None) -> None:

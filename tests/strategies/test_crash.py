@@ -60,7 +60,7 @@ def main(how: str, rank: str, mark: str) -> None:
 @pytest.mark.parametrize("how", ["kill", "raise"])
 def test_one_failing_rank_ends_the_run(how: str, rank: int, tmp_path: Path, project_root: Path) -> None:
     mark = tmp_path / "failed"
-    command = [sys.executable, "-m", "tests.strategies.test_crash", how, str(rank), mark]
+    command: list[str | Path] = [sys.executable, "-m", "tests.strategies.test_crash", how, str(rank), mark]
     ended = run_command(
         command, tmp_path, timeout=60, patience=DEADLINE, mark=mark, environment={"PYTHONPATH": str(project_root)}
     )
