@@ -19,13 +19,6 @@ from typing_extensions import override
 from lightning_moe.callbacks import AuxLossCallback
 from lightning_moe.engine.deepspeed import prepare_import
 
-_OTHERS_DEPRECATIONS = (
-    r".*all_gather_into_tensor.* is deprecated",  # DeepSpeed 0.19 on torch 2.13
-    r".*reduce_scatter_tensor.* is deprecated",
-    r".*isinstance\(treespec, LeafSpec\).* is deprecated",  # Lightning 2.6 on torch 2.13
-)
-"""Warnings about calls that others make, at which a user of the command can do nothing."""
-
 
 class MoECLI(LightningCLI):
     """Trains, validates, tests and predicts from YAML.
@@ -117,8 +110,8 @@ _BELOW_A_CLASS = r"--((?:model|data)(?:\.\w+){2,})"
 
 def main(args: ArgsType = None) -> None:
     """Entry point of ``lightning-moe``."""
-    for message in _OTHERS_DEPRECATIONS:
-        warnings.filterwarnings("ignore", message=message)
+    # What Lightning 2.6 does on torch 2.13, and at which a user of the command can do nothing.
+    warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec\).* is deprecated")
     MoECLI(args)
 
 

@@ -55,6 +55,10 @@ class MoEConfig:
     num_shared_experts: int = 0
 
     def __post_init__(self) -> None:
+        for name in ("num_experts", "top_k", "intermediate_size", "min_capacity", "num_shared_experts"):
+            value = getattr(self, name)
+            if not isinstance(value, int) and not (name == "intermediate_size" and value is None):
+                raise ValueError(f"{name}={value!r}: must be a whole number. Write it without a point or quotes.")
         if self.num_experts < 1:
             raise ValueError(f"num_experts={self.num_experts}: must be at least 1. Use 8, for example.")
         if not 1 <= self.top_k <= self.num_experts:

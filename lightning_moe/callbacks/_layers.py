@@ -40,12 +40,19 @@ class RoutingCallback(L.Callback):
 
     @override
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self.layers = [module for module in pl_module.modules() if isinstance(module, MoE)]
-        if not self.layers:
+        layers = [module for module in pl_module.modules() if isinstance(module, MoE)]
+        if not layers:
             raise MisconfigurationException(
                 f"{type(self).__name__}: {type(pl_module).__name__} has no lightning_moe.MoE layer. Build one in "
                 "__init__ or configure_model, or leave the callback out."
             )
+        if layers[0].groups.ep_size > 1 and getattr(trainer.strategy, "expert_groups", None) is None:
+            raise MisconfigurationException(
+                f"strategy={type(trainer.strategy).__name__}: {type(pl_module).__name__} was sharded by an earlier "
+                "ExpertParallelStrategy, so that each rank has other experts, and this strategy would mix them up. "
+                "Build the model anew."
+            )
+        self.layers = layers
         self.attach(pl_module)
 
     @override

@@ -18,9 +18,9 @@ class AuxLossCallback(RoutingCallback):
     """Adds the load-balancing loss and the router z-loss to the objective, and logs them.
 
     The gradient is that of ``task_loss + load_balancing * mean L_lb + router_z * mean L_z``, where the means are
-    over the MoE layers, so that a weight does not depend on the depth. It is so under gradient accumulation, fp16
-    loss scaling, data and expert parallelism and activation checkpointing; the loss that the module returns and
-    logs stays the task's alone.
+    over the MoE layers, so that a weight does not depend on the depth (a layer used n times adds its loss n times).
+    It is so under gradient accumulation, fp16 loss scaling, data and expert parallelism and activation checkpointing;
+    the loss that the module returns and logs stays the task's alone.
 
     Logs ``moe/load_balancing_loss`` and ``moe/router_z_loss``, unweighted, and ``moe/aux_loss``, their weighted
     sum, as means over ranks and the micro-batches since the last logged step, every ``log_every_n_steps``.
@@ -55,11 +55,12 @@ class AuxLossCallback(RoutingCallback):
         self.router_z = router_z
         self.scope = scope
         self.warmup_steps = warmup_steps
-        self._losses_2: list[Tensor] = []
+        self._sum_2: Tensor | None = None
+        self._count = 0
 
     @override
     def attach(self, pl_module: L.LightningModule) -> None:
-        self._losses_2 = []
+        self._sum_2, self._count = None, 0
         for layer in self.layers:
             layer.tap.loss_weights = (0.0, 0.0)
             layer.tap.observers.append(self._observe)
@@ -96,7 +97,9 @@ class AuxLossCallback(RoutingCallback):
             layer.tap.loss_gradient = grad.float()
 
     def _observe(self, stats: RoutingStats) -> None:
-        self._losses_2.append(torch.stack([stats.load_balancing_loss, stats.router_z_loss]))
+        losses_2 = torch.stack([stats.load_balancing_loss, stats.router_z_loss])
+        self._sum_2 = losses_2 if self._sum_2 is None else self._sum_2 + losses_2
+        self._count += 1
 
     @override
     def on_train_batch_end(
@@ -105,8 +108,8 @@ class AuxLossCallback(RoutingCallback):
         if not is_logging_step(trainer):
             return
         # Every rank reduces, whether or not its layers ran: a rank that skips would hang the others.
-        losses_2 = torch.stack(self._losses_2).mean(0) if self._losses_2 else torch.zeros(2, device=pl_module.device)
-        self._losses_2 = []
+        losses_2 = torch.zeros(2, device=pl_module.device) if self._sum_2 is None else self._sum_2 / self._count
+        self._sum_2, self._count = None, 0
         load_balancing, router_z = mean_over_ranks(trainer, losses_2.unbind())
         weights = self.weights(trainer.global_step - 1)
         pl_module.log_dict(

@@ -52,4 +52,6 @@ class SampleText(L.Callback):
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         assert isinstance(pl_module, GeneratesText)
         text = pl_module.generate(self.prompt, self.num_bytes)  # on every rank: each forward is collective
-        rank_zero_info(f"A sample, continuing {self.prompt!r}:\n{text}")
+        # What a young model writes may hold control characters, which must not reach the terminal.
+        shown = "".join(c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in text)
+        rank_zero_info(f"A sample, continuing {self.prompt!r}:\n{shown}")

@@ -14,7 +14,7 @@ from torch.nn.functional import pad
 from typing_extensions import override
 
 from lightning_moe.dispatch.base import Dispatched, Dispatcher, ep_group_of
-from lightning_moe.dispatch.permute import Permutation, permute, plan_permutation, unpermute
+from lightning_moe.dispatch.permute import Permutation, count_ids, permute, plan_permutation, unpermute
 from lightning_moe.parallel import ExpertGroups
 from lightning_moe.parallel.collectives import all_gather, reduce_scatter
 
@@ -47,8 +47,8 @@ class AllGatherDispatcher(Dispatcher[AllGatherState]):
     ) -> AllGatherState:
         T, first = x_TD.shape[0], self.local_experts.start
         ids_TK = topk_ids_TK if kept_TK is None else torch.where(kept_TK, topk_ids_TK, self.num_experts)
-        counts_E = torch.bincount(ids_TK.reshape(-1), minlength=self.num_experts + 1)[: self.num_experts]
-        counts_W = all_gather(torch.cat([counts_E.new_tensor([T]), counts_E]), self.group)
+        counts_E = count_ids(ids_TK.reshape(-1), self.num_experts + 1)[: self.num_experts]
+        counts_W = all_gather(torch.cat([counts_E.new_full((1,), T), counts_E]), self.group)
         # The layer's one host synchronisation: tokens and rows per expert of every rank.
         counts = counts_W.view(self.groups.ep_size, -1).tolist()
         padding = max(count[0] for count in counts) - T

@@ -67,7 +67,7 @@ class Dispatcher(ABC, Generic[State]):
 
     def largest_num_tokens(self, num_tokens: int, device: torch.device) -> Tensor:
         """The largest number of tokens on a rank of the EP group, as a scalar tensor: nobody waits for it."""
-        largest = torch.tensor(num_tokens, device=device)
+        largest = torch.full((), num_tokens, device=device)
         if self.groups.ep_group is not None and self.groups.ep_size > 1:
             dist.all_reduce(largest, dist.ReduceOp.MAX, group=self.groups.ep_group)
         return largest

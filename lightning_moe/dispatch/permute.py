@@ -55,10 +55,15 @@ def plan_permutation(
     order_N = torch.argsort(ids_N, stable=True)
     row_N = torch.empty_like(order_N)
     row_N[order_N] = torch.arange(order_N.numel(), device=order_N.device)
-    tokens_per_expert_E = torch.bincount(ids_N, minlength=num_experts + 1)[:num_experts]
+    tokens_per_expert_E = count_ids(ids_N, num_experts + 1)[:num_experts]
     if num_rows is None:
         num_rows = ids_N.numel() if kept_TK is None else int(tokens_per_expert_E.sum())
     return Permutation(order_N[:num_rows], row_N.view_as(topk_ids_TK), tokens_per_expert_E)
+
+
+def count_ids(ids_N: Tensor, num_ids: int) -> Tensor:
+    """How often each id in [0, num_ids) occurs, int64; unlike ``torch.bincount`` it never waits for the device."""
+    return torch.zeros(num_ids, dtype=torch.int64, device=ids_N.device).scatter_add_(0, ids_N, torch.ones_like(ids_N))
 
 
 def permute(x_TD: Tensor, plan: Permutation) -> Tensor:

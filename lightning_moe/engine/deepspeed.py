@@ -7,10 +7,11 @@ that is an ``AutoEPMoELayer`` trains and saves right with every ZeRO stage, so t
 from __future__ import annotations
 
 import os
+import warnings
 from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import lru_cache, partial
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +22,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer
 
 from lightning_moe.nn import GroupedExperts, MoE
-from lightning_moe.parallel import ExpertGroups, Topology, expert_group_name, is_expert_parameter
+from lightning_moe.parallel import ExpertGroups, Topology, is_expert_parameter
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
@@ -54,8 +55,12 @@ def new_expert_groups(topology: Topology) -> ExpertGroups:
     from deepspeed.utils import groups
 
     rank, name = dist.get_rank(), f"ep_size_{topology.ep_size}"
+    for by_name in _dictionaries_of_groups():
+        for known in [*by_name]:
+            if known.count("_") > 2:  # an alias of name_param_group
+                del by_name[known]
     for by_name in (groups._get_expert_parallel_group_dict(), groups._get_expert_data_parallel_group_dict()):
-        for known, group in list(by_name.items()):
+        for known, group in [*by_name.items()]:
             if known != name or not _is_alive(group):
                 groups._release_process_group_references(group)
     groups._create_expert_and_data_parallel(topology.ep_size)
@@ -92,17 +97,22 @@ def name_param_group(name: str, source: str) -> str:
     DeepSpeed looks a group of parameters up by its name, while LearningRateMonitor wants every name once; so a
     name of its own (``ep_size_2_decay``) is made to lead to the groups of ``ep_size_2``.
     """
+    alias = f"{name}_{source}"
+    for by_name in _dictionaries_of_groups():
+        by_name[alias] = by_name[name]
+    return alias
+
+
+def _dictionaries_of_groups() -> list[dict[str, Any]]:
+    """Where DeepSpeed keeps groups and their ranks by name (``ep_size_2``)."""
     from deepspeed.utils import groups
 
-    alias = f"{name}_{source}"
-    for by_name in (
+    return [
         groups._EXPERT_PARALLEL_GROUP,
         groups._EXPERT_PARALLEL_GROUP_RANKS,
         groups._EXPERT_DATA_PARALLEL_GROUP,
         groups._EXPERT_DATA_PARALLEL_GROUP_RANKS,
-    ):
-        by_name[alias] = by_name[name]
-    return alias
+    ]
 
 
 def _place_expert_parameter(parameter: nn.Parameter, name: str, edp_group: dist.ProcessGroup) -> None:
@@ -112,23 +122,29 @@ def _place_expert_parameter(parameter: nn.Parameter, name: str, edp_group: dist.
     parameter.ds_zero_partition_process_group = edp_group  # type: ignore[attr-defined]
 
 
-@lru_cache(maxsize=1)
-def _adopted_classes() -> tuple[type[MoE], type[GroupedExperts]]:
+@cache
+def _adopted_moe(kind: type[MoE]) -> type[MoE]:
+    """The layer's own class, a user's subclass included, as DeepSpeed's engine recognises it."""
     from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
 
-    class DeepSpeedMoE(MoE, AutoEPMoELayer):  # type: ignore[misc]
-        """Our layer, as DeepSpeed's engine recognises it; it never runs AutoEPMoELayer's own code."""
+    class DeepSpeedMoE(kind, AutoEPMoELayer):  # type: ignore[misc, valid-type]
+        """Never runs AutoEPMoELayer's own code."""
 
         def set_deepspeed_parallelism(self, *_: Any, **__: Any) -> None:
             """The groups were made before the model; there is nothing left to bind."""
 
-    class DeepSpeedExperts(GroupedExperts):
+    return DeepSpeedMoE
+
+
+@cache
+def _adopted_experts(kind: type[GroupedExperts]) -> type[GroupedExperts]:
+    class DeepSpeedExperts(kind):  # type: ignore[misc, valid-type]
         """DeepSpeed's checkpoints name three matrices an expert and ours has two: the third is an empty one."""
 
         @property
         def w3(self) -> Tensor:
             """Empty, [L, 0, 0]."""
-            empty = self.w2.new_empty((len(self.expert_ids), 0, 0)).requires_grad_()
+            empty: Tensor = self.w2.new_empty((len(self.expert_ids), 0, 0)).requires_grad_()
             empty.ds_autoep_uc_meta = self.w2.ds_autoep_uc_meta  # type: ignore[attr-defined]
             return empty
 
@@ -136,19 +152,18 @@ def _adopted_classes() -> tuple[type[MoE], type[GroupedExperts]]:
             state_dict.pop(prefix + "w3", None)
             super()._load_from_state_dict(state_dict, prefix, *args)
 
-    return DeepSpeedMoE, DeepSpeedExperts
+    return DeepSpeedExperts
 
 
 def adopt_layer(layer: MoE) -> None:
     """Turns a sharded layer, in place, into one that DeepSpeed's engine recognises; weights stay untouched."""
     from deepspeed.checkpoint import autoep_affine as affine
     from deepspeed.checkpoint import constants
+    from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
 
-    moe_class, experts_class = _adopted_classes()
-    if isinstance(layer, moe_class):
-        return
-    layer.__class__ = moe_class
-    layer.experts.__class__ = experts_class
+    if not isinstance(layer, AutoEPMoELayer):
+        layer.__class__ = _adopted_moe(type(layer))  # type: ignore[assignment]
+        layer.experts.__class__ = _adopted_experts(type(layer.experts))  # type: ignore[assignment]
     groups = layer.groups
     adopted: Any = layer
     adopted.ep_size, adopted.ep_rank = groups.ep_size, groups.ep_rank
@@ -166,6 +181,19 @@ def adopt_layer(layer: MoE) -> None:
             constants.AUTOEP_PARAM_EP_RANK: groups.ep_rank,
             constants.AUTOEP_PARAM_LOCAL_EXPERTS: list(layer.experts.expert_ids),
         }
+
+
+def release_earlier_engine(model: nn.Module) -> None:
+    """Takes the hooks of an earlier run's ZeRO-3 engine off the parameters, which the next one would meet there."""
+    earlier = {id(o): o for p in model.parameters() if (o := getattr(p, "_z3_optimizer", None)) is not None}
+    for optimizer in earlier.values():
+        optimizer.destroy()
+
+
+def ignore_deprecations() -> None:
+    """Silences torch 2.13's word to DeepSpeed 0.19, at every step of ZeRO 3, on names that it renamed."""
+    for name in ("all_gather_into_tensor", "reduce_scatter_tensor"):
+        warnings.filterwarnings("ignore", message=rf".*{name}.* is deprecated", category=FutureWarning)
 
 
 def native_moe_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -254,7 +282,7 @@ def save_partitions(engine: DeepSpeedEngine, checkpoint: Path) -> None:
     groups, so that evaluation, which has no optimizer, could not load them.
     """
     parts = {name: p.ds_tensor.detach().cpu() for name, p in engine.module.named_parameters()}
-    torch.save(parts | dict(engine.module.named_buffers()), checkpoint / _partition_file())
+    torch.save(parts | _persistent_buffers(engine.module), checkpoint / _partition_file())
 
 
 def load_partitions(engine: DeepSpeedEngine, checkpoint: Path, tag: str) -> dict[str, Any]:
@@ -265,6 +293,7 @@ def load_partitions(engine: DeepSpeedEngine, checkpoint: Path, tag: str) -> dict
 
     Raises:
         FileNotFoundError: the checkpoint has no such file.
+        ValueError: it is of another model.
     """
     from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
 
@@ -275,12 +304,23 @@ def load_partitions(engine: DeepSpeedEngine, checkpoint: Path, tag: str) -> dict
             "Save it anew with ExpertParallelStrategy, by trainer.fit(ckpt_path=...) and trainer.save_checkpoint."
         )
     parts = torch.load(path, map_location="cpu", weights_only=True)
-    for name, parameter in engine.module.named_parameters():
+    parameters, buffers = dict(engine.module.named_parameters()), _persistent_buffers(engine.module)
+    if different := sorted(parts.keys() ^ (parameters.keys() | buffers.keys())):
+        raise ValueError(
+            f"ckpt_path={str(checkpoint)!r}: is of another model; the first names that only one of them has are "
+            f"{', '.join(different[:5])}. Load it into the model that was saved."
+        )
+    for name, parameter in parameters.items():
         parameter.ds_tensor.data.copy_(parts[name])
-    for name, buffer in engine.module.named_buffers():
+    for name, buffer in buffers.items():
         buffer.copy_(parts[name])
     saved: dict[str, Any] = TorchCheckpointEngine().load(engine._get_ckpt_name(str(checkpoint), tag), "cpu")
     return saved
+
+
+def _persistent_buffers(module: nn.Module) -> dict[str, Tensor]:
+    saved = module.state_dict().keys()
+    return {name: buffer for name, buffer in module.named_buffers() if name in saved}
 
 
 def _partition_file() -> str:
@@ -309,8 +349,8 @@ __all__ = [
     "cast_parameters",
     "clip_unpartitioned_gradients",
     "device_mesh",
-    "expert_group_name",
     "full_parameter",
+    "ignore_deprecations",
     "initialize",
     "load_partitions",
     "name_param_group",
@@ -318,6 +358,7 @@ __all__ = [
     "new_expert_groups",
     "plain_checkpoints",
     "prepare_import",
+    "release_earlier_engine",
     "save_partitions",
     "use_cpu",
 ]

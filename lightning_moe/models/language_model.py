@@ -18,11 +18,8 @@ from torch.optim.lr_scheduler import LambdaLR
 from typing_extensions import override
 
 from lightning_moe.config import MoEConfig
-from lightning_moe.models.sampling import sample_bytes
+from lightning_moe.models.sampling import NUM_BYTES, sample_bytes
 from lightning_moe.models.transformer import Transformer
-
-NUM_BYTES = 256
-"""The tokens 0 to 255 are the values of a byte."""
 
 DEFAULT_MOE = MoEConfig(num_experts=8)
 

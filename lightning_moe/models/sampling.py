@@ -10,7 +10,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-_NUM_BYTES = 256
+NUM_BYTES = 256
+"""The tokens 0 to 255 are the values of a byte."""
 
 
 @torch.no_grad()
@@ -42,7 +43,7 @@ def sample_bytes(
     for _ in range(num_bytes):
         tokens_1S = torch.tensor([list(text[-context_length:])], device=device)
         # Tokens above 255, of a larger vocabulary, are no bytes.
-        logits_V = model(tokens_1S)[0, -1, :_NUM_BYTES].float().cpu()
+        logits_V = model(tokens_1S)[0, -1, :NUM_BYTES].float().cpu()
         if temperature == 0:
             token = logits_V.argmax()
         else:

@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lightning_moe.dispatch.permute import count_ids
+
 
 def load_balancing_loss(scores_TE: Tensor, topk_ids_TK: Tensor) -> Tensor:
     """``E * sum_i f_i * p_i`` (Switch Transformer, Fedus et al. 2021, eq. 4); 1.0 when uniform, whatever top_k.
@@ -25,7 +27,7 @@ def load_balancing_loss(scores_TE: Tensor, topk_ids_TK: Tensor) -> Tensor:
     num_tokens, num_experts = scores_TE.shape
     if num_tokens == 0:
         return scores_TE.sum()
-    share_E = torch.bincount(topk_ids_TK.reshape(-1), minlength=num_experts) / topk_ids_TK.numel()
+    share_E = count_ids(topk_ids_TK.reshape(-1), num_experts) / topk_ids_TK.numel()
     return num_experts * (share_E * scores_TE.float().mean(0)).sum()
 
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lightning_moe.dispatch.permute import count_ids
+
 
 def expert_capacity(
     num_tokens: int | Tensor, num_experts: int, top_k: int, capacity_factor: float, min_capacity: int
@@ -55,7 +57,7 @@ def keep_within_capacity(topk_ids_TK: Tensor, priority_TK: Tensor, num_experts: 
     ids_N = topk_ids_TK.reshape(-1)
     by_priority_N = torch.argsort(priority_TK.detach().reshape(-1), descending=True, stable=True)
     order_N = by_priority_N[torch.argsort(ids_N[by_priority_N], stable=True)]
-    counts_E = torch.bincount(ids_N, minlength=num_experts)
+    counts_E = count_ids(ids_N, num_experts)
     first_row_E = counts_E.cumsum(0) - counts_E
     place_N = torch.arange(ids_N.numel(), device=ids_N.device) - first_row_E[ids_N[order_N]]
     kept_N = torch.empty_like(ids_N, dtype=torch.bool)

@@ -67,13 +67,13 @@ class GroupedExperts(nn.Module):
         """Draws every expert as ``nn.Linear`` does, uniform in +-1/sqrt(fan_in), from (seed, expert id)."""
         if self.w1.is_meta:
             return
-        generator = torch.Generator(self.w1.device)
+        generator = torch.Generator()  # of the CPU, so that a GPU starts from the same weights
         for local_id, expert_id in enumerate(self.expert_ids):
             generator.manual_seed((self.seed + expert_id) % 2**63)
             for weight in (self.w1, self.w2):
                 bound = 1 / math.sqrt(weight.shape[-1])
                 # In fp32, so that bf16 starts at the same point; deepspeed.zero.Init overrides dtype=, hence float().
-                drawn = torch.empty(weight.shape[1:], device=weight.device).float()
+                drawn = torch.empty(weight.shape[1:], device="cpu").float()
                 drawn.uniform_(-bound, bound, generator=generator)
                 with torch.no_grad():
                     weight[local_id].copy_(drawn)
@@ -147,7 +147,7 @@ def _grouped_mm_takes(x_RD: Tensor, weight_LGD: Tensor) -> bool:
     if x_RD.dtype not in (torch.float32, torch.bfloat16, torch.float16) or x_RD.dtype != weight_LGD.dtype:
         return False
     if x_RD.device.type == "cuda" and x_RD.dtype != torch.bfloat16:
-        return False  # the CUDA kernels are bf16 only
+        return False  # the dtype that grouped_mm takes on every CUDA version; the rest goes by slices
     _, G, D = weight_LGD.shape
     return all(width * x_RD.element_size() % _ALIGNMENT == 0 for width in (G, D))
 

@@ -6,6 +6,7 @@ Shapes: T local tokens, D model width, K experts per token, R rows for this rank
 from __future__ import annotations
 
 import warnings
+from functools import cache
 
 import torch
 from lightning.fabric.utilities.rank_zero import rank_zero_only
@@ -97,6 +98,11 @@ class MoE(nn.Module):
                 "layer of a model uses the same. Build the model anew for the new size."
             )
         if self.groups.ep_size != groups.ep_size:
+            if hasattr(self.experts.w1, "ds_id"):
+                raise ValueError(
+                    f"expert_parallel_size={groups.ep_size}: ZeRO 3 has partitioned this layer's experts for "
+                    f"{self.groups.ep_size} in an earlier run. Build the model anew for the new size."
+                )
             self.experts.shard_(groups)
         self.experts.mark(groups)
         self.dispatcher = make_dispatcher(self.config.dispatcher, self.num_experts, groups)
@@ -106,6 +112,11 @@ class MoE(nn.Module):
     @torch.compiler.disable
     def forward(self, x: Tensor) -> Tensor:
         """Applies the layer, [..., D] -> [..., D], in the dtype of ``x``. Collective over the EP group."""
+        if x.shape[-1] != self.hidden_size:
+            raise ValueError(
+                f"x has shape {list(x.shape)}: its last dimension must be hidden_size={self.hidden_size}. Build the "
+                "layer for the width of the model."
+            )
         x_TD = x.reshape(-1, self.hidden_size)
         routing = self.route(x_TD)
         state = self.dispatcher.dispatch(x_TD, routing.topk_ids_TK, routing.topk_scores_TK, routing.kept_TK)
@@ -138,9 +149,10 @@ class MoE(nn.Module):
         return f"top_k={self.config.top_k}, dispatcher={type(self.dispatcher).__name__}"
 
 
+@cache
 @rank_zero_only
 def _warn_without_losses() -> None:
-    """Python shows a warning of one place once, so that layers and steps need no flag of their own."""
+    """Once in a process: Python's own "once" begins again wherever warnings are caught, as ZeRO 3 does each step."""
     warnings.warn(
         "MoE layers are trained with no AuxLossCallback, so that most tokens may end up at a few experts. "
         "Add lightning_moe.AuxLossCallback(load_balancing=0.01) to the Trainer's callbacks; "

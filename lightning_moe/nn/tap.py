@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_moe.dispatch.permute import count_ids
 from lightning_moe.nn.balance import load_balancing_loss, router_z_loss
 from lightning_moe.nn.router import Routing
 
@@ -69,7 +70,7 @@ class RoutingTap:
         stats = RoutingStats(
             values_2[0],
             values_2[1],
-            torch.bincount(ids_N, minlength=routing.scores_TE.shape[1]),
+            count_ids(ids_N, routing.scores_TE.shape[1]),
             ids_N.new_zeros(()) if routing.kept_TK is None else (~routing.kept_TK).sum(),
         )
         tied_TK = _Tie.apply(routing.topk_scores_TK, losses_2, self, stats)

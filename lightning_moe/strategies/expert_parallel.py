@@ -22,7 +22,7 @@ from lightning_moe.checkpoint import CheckpointLayout, check_layout, write_layou
 from lightning_moe.engine import deepspeed as engine
 from lightning_moe.engine.param_groups import split_expert_groups
 from lightning_moe.nn import MoE
-from lightning_moe.parallel import ExpertGroups, Topology, building_for
+from lightning_moe.parallel import ExpertGroups, Topology, building_for, is_expert_parameter
 
 if TYPE_CHECKING:
     import lightning as L
@@ -90,6 +90,7 @@ class ExpertParallelStrategy(DeepSpeedStrategy):
 
     @override
     def setup_environment(self) -> None:
+        engine.ignore_deprecations()
         if isinstance(self.accelerator, CPUAccelerator):
             engine.use_cpu()
             DDPStrategy.setup_environment(self)  # the parent refuses everything but CUDA
@@ -174,6 +175,7 @@ class ExpertParallelStrategy(DeepSpeedStrategy):
     @override
     def _setup_model(self, model: nn.Module) -> nn.Module:  # type: ignore[override]
         assert self.expert_groups is not None
+        engine.release_earlier_engine(model)
         for layer in _moe_layers(model):
             layer.shard_(self.expert_groups)
             engine.adopt_layer(layer)
@@ -190,6 +192,12 @@ class ExpertParallelStrategy(DeepSpeedStrategy):
                 f"configure_optimizers returned {len(optimizers)} optimizers and {len(schedulers)} schedulers: ZeRO "
                 "works with one optimizer and at most one scheduler. Return one optimizer with several parameter "
                 "groups, or chain schedulers with torch.optim.lr_scheduler.SequentialLR."
+            )
+        parameters = [p for group in optimizers[0].param_groups for p in group["params"]]
+        if self._stage in (1, 2) and not any(is_expert_parameter(parameter) for parameter in parameters):
+            raise MisconfigurationException(
+                f"configure_optimizers returned an optimizer without any expert's parameters: with ZeRO {self._stage} "
+                "DeepSpeed needs some. Use stage 0 or 3 to train with all experts frozen."
             )
         scheduler = schedulers[0] if schedulers else None
         split_expert_groups(optimizers[0], [scheduler.scheduler] if scheduler else [], engine.name_param_group)
@@ -291,10 +299,16 @@ class ExpertParallelStrategy(DeepSpeedStrategy):
             engine.save_partitions(self.deepspeed_engine, Path(filepath))
         if self.is_global_zero:
             write_layout(Path(filepath), self._layout())
+            (Path(filepath) / "zero_to_fp32.py").unlink(missing_ok=True)  # it fails for every model with experts
         self.barrier()  # nobody goes on to load what another rank has not finished writing
 
     @override
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        if Path(checkpoint_path).is_file():
+            raise ValueError(
+                f"ckpt_path={str(checkpoint_path)!r}: is one file, from a run without ExpertParallelStrategy, and this "
+                "strategy resumes from the folder that it saved. Load the weights into the model before fit instead."
+            )
         check_layout(Path(checkpoint_path), self._layout())
         assert self.lightning_module is not None
         if self._stage == 3 and self.lightning_module.trainer.state.fn != TrainerFn.FITTING:

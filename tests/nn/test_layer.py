@@ -17,6 +17,7 @@ from torch.testing import assert_close
 from lightning_moe import MoE, MoEConfig
 from lightning_moe.config import Activation
 from lightning_moe.dispatch.local import LocalDispatcher
+from lightning_moe.nn.layer import _warn_without_losses
 from lightning_moe.parallel import ExpertGroups, building_for
 from lightning_moe.testing.reference import ReferenceMoE
 
@@ -219,6 +220,7 @@ def caught(action: Any) -> list[str]:
 
 
 def test_training_without_losses_warns_once_over_layers_and_steps() -> None:
+    _warn_without_losses.cache_clear()  # another test of this process may have been warned
     layers = [make() for _ in range(3)]
     for moe in layers:
         moe.tap.loss_weights = None
