@@ -162,8 +162,8 @@ def adopt_layer(layer: MoE) -> None:
     from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
 
     if not isinstance(layer, AutoEPMoELayer):
-        layer.__class__ = _adopted_moe(type(layer))  # type: ignore[assignment]
-        layer.experts.__class__ = _adopted_experts(type(layer.experts))  # type: ignore[assignment]
+        layer.__class__ = _adopted_moe(type(layer))  # type: ignore[assignment, arg-type]
+        layer.experts.__class__ = _adopted_experts(type(layer.experts))  # type: ignore[assignment, arg-type]
     groups = layer.groups
     adopted: Any = layer
     adopted.ep_size, adopted.ep_rank = groups.ep_size, groups.ep_rank

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import atexit
 import math
 from collections.abc import Callable, Generator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+import torch.distributed as dist
+from lightning.fabric.utilities.distributed import _destroy_dist_connection
 from lightning.fabric.utilities.seed import reset_seed
 from lightning.pytorch.accelerators import CPUAccelerator
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy
@@ -101,6 +104,9 @@ class ExpertParallelStrategy(DeepSpeedStrategy):
     def setup_distributed(self) -> None:
         self.set_world_ranks()
         topology = self._topology()  # arithmetic first: a wrong size fails before any rank waits for another
+        if not dist.is_initialized():
+            # Threads of a process group that outlive the interpreter abort the process after all its work is done.
+            atexit.register(_destroy_dist_connection)
         if isinstance(self.accelerator, CPUAccelerator):
             reset_seed()
             self._init_deepspeed_distributed()
