@@ -2,11 +2,28 @@
 
 from lightning.pytorch.strategies import StrategyRegistry
 
-from lightning_moe.callbacks import AuxLossCallback, ExpertLoadMonitor, SampleText
+from lightning_moe.callbacks import (
+    AuxLossCallback,
+    CapacitySchedule,
+    ExpertBiasUpdate,
+    ExpertLoadMonitor,
+    SampleText,
+    TopKSchedule,
+)
 from lightning_moe.config import MoEConfig
 from lightning_moe.nn import MoE
 from lightning_moe.strategies import ExpertParallelStrategy
 
 ExpertParallelStrategy.register_strategies(StrategyRegistry)
 
-__all__ = ["AuxLossCallback", "ExpertLoadMonitor", "ExpertParallelStrategy", "MoE", "MoEConfig", "SampleText"]
+__all__ = [
+    "AuxLossCallback",
+    "CapacitySchedule",
+    "ExpertBiasUpdate",
+    "ExpertLoadMonitor",
+    "ExpertParallelStrategy",
+    "MoE",
+    "MoEConfig",
+    "SampleText",
+    "TopKSchedule",
+]

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal, get_args
 
 Activation = Literal["swiglu", "gelu", "relu"]
-ScoreFunction = Literal["softmax"]
-Overflow = Literal["drop"]
-DropPriority = Literal["score"]
+ScoreFunction = Literal["softmax", "sigmoid"]
+RouterDtype = Literal["float32", "float64"]
+Overflow = Literal["drop", "next_expert"]
+DropPriority = Literal["score", "position", "random"]
 
 
 @dataclass(frozen=True)
@@ -18,25 +19,48 @@ class MoEConfig:
 
     Args:
         num_experts: Routed experts in the layer, over all ranks.
-        top_k: Experts per token.
+        top_k: Experts per token. ``expert_choice`` does not read it.
         intermediate_size: Width of one expert; ``None`` is 4 x ``hidden_size``.
         activation: ``swiglu`` (gated), ``gelu`` or ``relu``.
-        router: Name of a registered router; ``topk`` is softmax, then the ``top_k`` best.
-        score_function: Turns logits into scores: ``softmax``.
-        normalize_topk: Divide the selected scores by their sum (Mixtral) or use them as they are (Switch).
+        router: ``topk``, ``switch``, ``gshard``, ``noisy_topk``, ``sinkhorn``, ``expert_choice``,
+            ``group_limited``, ``hash``, ``random``, or a name that you registered.
+        score_function: Turns logits into scores: ``softmax`` or ``sigmoid``. ``None`` is the router's own: sigmoid
+            for ``group_limited``, softmax elsewhere.
+        normalize_topk: Divide the selected scores by their sum (Mixtral) or use them as they are.
         capacity_factor: Rows that an expert takes from one rank in training, as a multiple of the even share
-            (see :func:`~lightning_moe.nn.expert_capacity`); ``None`` is dropless.
-        eval_capacity_factor: The same outside training; ``None`` is dropless.
+            (see :func:`~lightning_moe.nn.expert_capacity`); ``None`` is dropless. For ``expert_choice`` the mean
+            number of experts per token.
+        eval_capacity_factor: The same outside training; ``None`` is dropless, and ``capacity_factor`` for
+            ``expert_choice``.
         min_capacity: Lower bound of an expert's capacity, in rows.
-        overflow: What happens to an assignment over capacity: ``drop``.
-        drop_priority: Which assignments are dropped first: ``score`` is the lowest score.
+        overflow: What happens to an assignment over capacity: ``drop``, or ``next_expert``, the token's next-best
+            expert that has room.
+        drop_priority: Who stays where an expert is full: the highest ``score``, the first by ``position``, or
+            ``random``.
         dispatcher: ``auto``, ``local``, ``allgather``, ``alltoall`` or a registered name. ``auto`` is ``local``
             for expert_parallel_size 1, ``allgather`` up to 4, ``alltoall`` above.
         num_shared_experts: Experts that every token uses, as one dense MLP of that many times
             ``intermediate_size``; 0 is none.
+        score_before_topk: Score all experts and select by score (Mixtral), or select by logit and score the selected
+            alone (gpt-oss).
+        route_scale: Factor of the routed experts' weights (``routed_scaling_factor`` of DeepSeek).
+        expert_bias: Whether the selection, and only it, adds a bias per expert, which
+            :class:`~lightning_moe.ExpertBiasUpdate` moves. ``None`` is the router's own: yes for ``group_limited``.
+        router_dtype: ``float32`` or ``float64``: of logits, scores and losses.
+        jitter: In training the router sees every activation times a random factor in [1 - jitter, 1 + jitter].
+            ``None`` is the router's own: 0.01 for ``switch``, 0 elsewhere.
+        num_groups: Groups of neighbouring experts in ``group_limited``.
+        topk_groups: Groups from which a token may take experts in ``group_limited``.
+        sinkhorn_tolerance: ``sinkhorn`` stops where every expert's share is even up to this fraction.
+        sinkhorn_iterations: And after this many rounds at the latest.
+        pad_to_capacity: Give every expert exactly its capacity in rows, zeros at the end, so that shapes depend on
+            the number of tokens alone.
+        shared_expert_gate: Weigh the shared experts by a learned sigmoid per token (Qwen2-MoE).
+        residual: A dense MLP beside the experts, the two mixed by learned weights per token (PR-MoE).
 
     Raises:
-        ValueError: a field is out of its range; the message names field, value, rule and remedy.
+        ValueError: a field is out of its range, or two do not go together; the message names field, value, rule
+            and remedy.
     """
 
     num_experts: int
@@ -44,7 +68,7 @@ class MoEConfig:
     intermediate_size: int | None = None
     activation: Activation = "swiglu"
     router: str = "topk"
-    score_function: ScoreFunction = "softmax"
+    score_function: ScoreFunction | None = None
     normalize_topk: bool = True
     capacity_factor: float | None = None
     eval_capacity_factor: float | None = None
@@ -53,12 +77,58 @@ class MoEConfig:
     drop_priority: DropPriority = "score"
     dispatcher: str = "auto"
     num_shared_experts: int = 0
+    score_before_topk: bool = True
+    route_scale: float = 1.0
+    expert_bias: bool | None = None
+    router_dtype: RouterDtype = "float32"
+    jitter: float | None = None
+    num_groups: int = 1
+    topk_groups: int = 1
+    sinkhorn_tolerance: float = 1e-3
+    sinkhorn_iterations: int = 100
+    pad_to_capacity: bool = False
+    shared_expert_gate: bool = False
+    residual: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("num_experts", "top_k", "intermediate_size", "min_capacity", "num_shared_experts"):
+        self._check_not_ignored()
+        for name, own in _OWN_DEFAULTS.items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, own.get(self.router, own[""]))
+        self._check_types()
+        self._check_ranges()
+        self._check_router()
+        self._check_combinations()
+
+    def _check_not_ignored(self) -> None:
+        if self.router not in BUILT_IN_ROUTERS:
+            return
+        for name, routers in _READ_BY.items():
+            value, default = getattr(self, name), _DEFAULTS[name]
+            own = _OWN_DEFAULTS.get(name, {"": default})  # as dataclasses.replace() hands it on
+            if value not in (default, own.get(self.router, own[""])) and self.router not in routers:
+                raise ValueError(
+                    f"{name}={value!r}: router={self.router!r} does not read it. Leave it out, or use router="
+                    f"{' or '.join(repr(r) for r in routers)}."
+                )
+
+    def _check_types(self) -> None:
+        whole = ("num_experts", "top_k", "intermediate_size", "min_capacity", "num_shared_experts")
+        for name in (*whole, "num_groups", "topk_groups", "sinkhorn_iterations"):
             value = getattr(self, name)
             if not isinstance(value, int) and not (name == "intermediate_size" and value is None):
                 raise ValueError(f"{name}={value!r}: must be a whole number. Write it without a point or quotes.")
+        for name, known in (
+            ("activation", Activation),
+            ("score_function", ScoreFunction),
+            ("overflow", Overflow),
+            ("drop_priority", DropPriority),
+            ("router_dtype", RouterDtype),
+        ):
+            if (value := getattr(self, name)) not in get_args(known):
+                raise ValueError(f"{name}={value!r}: unknown. Known: {', '.join(get_args(known))}.")
+
+    def _check_ranges(self) -> None:
         if self.num_experts < 1:
             raise ValueError(f"num_experts={self.num_experts}: must be at least 1. Use 8, for example.")
         if not 1 <= self.top_k <= self.num_experts:
@@ -81,11 +151,113 @@ class MoEConfig:
             raise ValueError(
                 f"num_shared_experts={self.num_shared_experts}: must be 0 or more. Use 0 for no shared expert."
             )
-        for name, known in (
-            ("activation", Activation),
-            ("score_function", ScoreFunction),
-            ("overflow", Overflow),
-            ("drop_priority", DropPriority),
-        ):
-            if (value := getattr(self, name)) not in get_args(known):
-                raise ValueError(f"{name}={value!r}: unknown. Known: {', '.join(get_args(known))}.")
+        if not (self.route_scale > 0 and math.isfinite(self.route_scale)):
+            raise ValueError(f"route_scale={self.route_scale}: must be a finite number above 0. Use 1 for no scaling.")
+        assert self.jitter is not None
+        if not 0 <= self.jitter < 1:
+            raise ValueError(f"jitter={self.jitter}: must be at least 0 and below 1. Use 0.01, or 0 for none.")
+        if not (self.sinkhorn_tolerance > 0 and math.isfinite(self.sinkhorn_tolerance)):
+            raise ValueError(
+                f"sinkhorn_tolerance={self.sinkhorn_tolerance}: must be a finite number above 0. Use 1e-3, for example."
+            )
+        if self.sinkhorn_iterations < 1:
+            raise ValueError(f"sinkhorn_iterations={self.sinkhorn_iterations}: must be at least 1. Use 100.")
+
+    def _check_router(self) -> None:
+        needed_k = {"switch": 1, "gshard": 2}.get(self.router, self.top_k)
+        if self.top_k != needed_k:
+            raise ValueError(
+                f"top_k={self.top_k}: router={self.router!r} takes {needed_k} expert{'s' * (needed_k > 1)} per token. "
+                f"Use top_k={needed_k}, or router='topk'."
+            )
+        if self.router == "group_limited":
+            self._check_groups()
+        if self.router == "expert_choice":
+            if self.overflow != "drop":
+                raise ValueError(
+                    f"overflow={self.overflow!r}: with router='expert_choice' experts choose as many tokens as they "
+                    "have room for, and nothing overflows. Use overflow='drop', or another router."
+                )
+            if self.capacity_factor is None:
+                raise ValueError(
+                    "capacity_factor=None: router='expert_choice' needs it, the mean number of experts per token. "
+                    "Use 2, for example."
+                )
+
+    def _check_groups(self) -> None:
+        if self.num_groups < 1 or self.num_experts % self.num_groups:
+            raise ValueError(
+                f"num_groups={self.num_groups}: must divide num_experts={self.num_experts}. Use a number of groups "
+                "that does, or another number of experts."
+            )
+        if not 1 <= self.topk_groups <= self.num_groups:
+            raise ValueError(
+                f"topk_groups={self.topk_groups}: must be from 1 to num_groups={self.num_groups}. Lower topk_groups "
+                "or make more groups."
+            )
+        within_reach = self.topk_groups * self.num_experts // self.num_groups
+        if self.top_k > within_reach:
+            raise ValueError(
+                f"top_k={self.top_k}: the topk_groups={self.topk_groups} groups that a token may use have "
+                f"{within_reach} experts together. Lower top_k or raise topk_groups."
+            )
+
+    def _check_combinations(self) -> None:
+        if self.capacity_factor is None and self.eval_capacity_factor is None:
+            if self.overflow != "drop":
+                raise ValueError(
+                    f"overflow={self.overflow!r}: without a capacity_factor nothing overflows. Set capacity_factor, "
+                    "to 1.25 for example, or use overflow='drop'."
+                )
+            if self.pad_to_capacity:
+                raise ValueError(
+                    "pad_to_capacity=True: without a capacity_factor there is no capacity to pad to. Set "
+                    "capacity_factor, to 1.25 for example, or use pad_to_capacity=False."
+                )
+        if self.shared_expert_gate and not self.num_shared_experts:
+            raise ValueError(
+                "shared_expert_gate=True: there is no shared expert to weigh. Set num_shared_experts to 1 or more, or "
+                "leave the gate out."
+            )
+        if self.residual and self.num_shared_experts:
+            raise ValueError(
+                f"residual=True: its dense MLP takes the place of num_shared_experts={self.num_shared_experts} shared "
+                "experts. Use one of the two."
+            )
+
+
+BUILT_IN_ROUTERS = (
+    "expert_choice",
+    "group_limited",
+    "gshard",
+    "hash",
+    "noisy_topk",
+    "random",
+    "sinkhorn",
+    "switch",
+    "topk",
+)
+"""The routers whose settings are checked here; those that users register check their own."""
+
+_OWN_DEFAULTS: dict[str, dict[str, object]] = {
+    "score_function": {"group_limited": "sigmoid", "": "softmax"},
+    "expert_bias": {"group_limited": True, "": False},
+    "jitter": {"switch": 0.01, "": 0.0},  # Switch Transformer's jitter epsilon
+}
+"""What ``None`` stands for, by router."""
+
+_LEARNED = tuple(router for router in BUILT_IN_ROUTERS if router not in ("hash", "random"))
+_READ_BY = {
+    "score_function": ("topk", "group_limited", "sinkhorn"),
+    "score_before_topk": ("topk",),
+    "route_scale": ("topk", "group_limited", "sinkhorn"),
+    "expert_bias": ("topk", "group_limited"),
+    "jitter": _LEARNED,
+    "num_groups": ("group_limited",),
+    "topk_groups": ("group_limited",),
+    "sinkhorn_tolerance": ("sinkhorn",),
+    "sinkhorn_iterations": ("sinkhorn",),
+}
+"""Which built-in routers read a setting that not all of them do."""
+
+_DEFAULTS = {field.name: field.default for field in fields(MoEConfig)}

@@ -1,7 +1,16 @@
 """Callbacks for any Trainer whose model has MoE layers."""
 
 from lightning_moe.callbacks.aux_loss import AuxLossCallback
+from lightning_moe.callbacks.expert_bias import ExpertBiasUpdate
 from lightning_moe.callbacks.expert_load import ExpertLoadMonitor
 from lightning_moe.callbacks.sample_text import SampleText
+from lightning_moe.callbacks.schedules import CapacitySchedule, TopKSchedule
 
-__all__ = ["AuxLossCallback", "ExpertLoadMonitor", "SampleText"]
+__all__ = [
+    "AuxLossCallback",
+    "CapacitySchedule",
+    "ExpertBiasUpdate",
+    "ExpertLoadMonitor",
+    "SampleText",
+    "TopKSchedule",
+]

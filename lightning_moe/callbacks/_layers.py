@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import lightning as L
 import torch
+import torch.distributed as dist
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from typing_extensions import override
@@ -40,7 +41,7 @@ class RoutingCallback(L.Callback):
 
     @override
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        layers = [module for module in pl_module.modules() if isinstance(module, MoE)]
+        layers = moe_layers(pl_module)
         if not layers:
             raise MisconfigurationException(
                 f"{type(self).__name__}: {type(pl_module).__name__} has no lightning_moe.MoE layer. Build one in "
@@ -82,11 +83,28 @@ def require_lightning(trainer: L.Trainer, callback: L.Callback) -> None:
         )
 
 
+def moe_layers(module: L.LightningModule) -> list[MoE]:
+    """The MoE layers, in the order of the module's modules."""
+    return [part for part in module.modules() if isinstance(part, MoE)]
+
+
+def has_stepped(trainer: L.Trainer) -> bool:
+    """Whether the batch that has just ended also ended an optimizer step; the same on every rank."""
+    return not trainer.fit_loop._should_accumulate() if trainer.lightning_module.automatic_optimization else True
+
+
 def is_logging_step(trainer: L.Trainer) -> bool:
     """Whether the optimizer step that has just ended is one that the loggers get to see; the same on every rank."""
     steps: int = trainer.log_every_n_steps  # type: ignore[attr-defined]  # set by Trainer's logger connector
-    stepped = not trainer.fit_loop._should_accumulate() if trainer.lightning_module.automatic_optimization else True
-    return stepped and steps > 0 and trainer.global_step % steps == 0
+    return has_stepped(trainer) and steps > 0 and trainer.global_step % steps == 0
+
+
+def sum_over_ranks(counts: Tensor) -> Tensor:
+    """The sum over all ranks, without the barrier of ``Strategy.reduce``; the argument stays as it is."""
+    total = counts.clone()
+    if dist.is_available() and dist.is_initialized():
+        dist.all_reduce(total)
+    return total
 
 
 def mean_over_ranks(trainer: L.Trainer, values: Sequence[Tensor]) -> list[Tensor]:

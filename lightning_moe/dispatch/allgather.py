@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 from typing_extensions import override
 
-from lightning_moe.dispatch.base import Dispatched, Dispatcher, ep_group_of
+from lightning_moe.dispatch.base import Dispatched, Dispatcher, FixedShape, ep_group_of
 from lightning_moe.dispatch.permute import Permutation, count_ids, permute, plan_permutation, unpermute
 from lightning_moe.parallel import ExpertGroups
 from lightning_moe.parallel.collectives import all_gather, reduce_scatter
@@ -43,23 +43,32 @@ class AllGatherDispatcher(Dispatcher[AllGatherState]):
 
     @override
     def dispatch(
-        self, x_TD: Tensor, topk_ids_TK: Tensor, topk_scores_TK: Tensor, kept_TK: Tensor | None
+        self,
+        x_TD: Tensor,
+        topk_ids_TK: Tensor,
+        topk_scores_TK: Tensor,
+        kept_TK: Tensor | None,
+        shape: FixedShape | None = None,
     ) -> AllGatherState:
         T, first = x_TD.shape[0], self.local_experts.start
         ids_TK = topk_ids_TK if kept_TK is None else torch.where(kept_TK, topk_ids_TK, self.num_experts)
-        counts_E = count_ids(ids_TK.reshape(-1), self.num_experts + 1)[: self.num_experts]
-        counts_W = all_gather(torch.cat([counts_E.new_full((1,), T), counts_E]), self.group)
-        # The layer's one host synchronisation: tokens and rows per expert of every rank.
-        counts = counts_W.view(self.groups.ep_size, -1).tolist()
-        padding = max(count[0] for count in counts) - T
-        num_rows = sum(sum(count[1 + expert] for expert in self.local_experts) for count in counts)
+        if shape is None:
+            counts_E = count_ids(ids_TK.reshape(-1), self.num_experts + 1)[: self.num_experts]
+            counts_W = all_gather(torch.cat([counts_E.new_full((1,), T), counts_E]), self.group)
+            # The layer's one host synchronisation: tokens and rows per expert of every rank.
+            counts = counts_W.view(self.groups.ep_size, -1).tolist()
+            padding, rows_per_expert = max(count[0] for count in counts) - T, None
+            num_rows = sum(sum(count[1 + expert] for expert in self.local_experts) for count in counts)
+        else:
+            padding, rows_per_expert = shape.num_tokens - T, shape.rows_per_expert * self.groups.ep_size
+            num_rows = len(self.local_experts) * rows_per_expert
 
         x_AD = all_gather(pad(x_TD, (0, 0, 0, padding)), self.group)
         ids_AK = all_gather(pad(ids_TK, (0, 0, 0, padding), value=self.num_experts), self.group)
         scores_AK = all_gather(pad(topk_scores_TK, (0, 0, 0, padding)), self.group)
         local_ids_AK = ids_AK - first
         mine_AK = (local_ids_AK >= 0) & (local_ids_AK < len(self.local_experts))
-        plan = plan_permutation(local_ids_AK, len(self.local_experts), mine_AK, num_rows)
+        plan = plan_permutation(local_ids_AK, len(self.local_experts), mine_AK, num_rows, rows_per_expert)
         return AllGatherState(permute(x_AD, plan), plan.tokens_per_expert_E, plan, scores_AK, T)
 
     @override

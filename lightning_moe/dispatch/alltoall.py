@@ -5,13 +5,13 @@ Shapes: T local tokens, D width, K experts per token, E experts, L local experts
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_moe.dispatch.base import Dispatched, Dispatcher, ep_group_of
+from lightning_moe.dispatch.base import Dispatched, Dispatcher, FixedShape, ep_group_of
 from lightning_moe.dispatch.permute import Permutation, permute, plan_permutation, reorder, unpermute
 from lightning_moe.parallel import ExpertGroups
 from lightning_moe.parallel.collectives import all_gather, all_to_all
@@ -45,18 +45,29 @@ class AllToAllDispatcher(Dispatcher[AllToAllState]):
 
     @override
     def dispatch(
-        self, x_TD: Tensor, topk_ids_TK: Tensor, topk_scores_TK: Tensor, kept_TK: Tensor | None
+        self,
+        x_TD: Tensor,
+        topk_ids_TK: Tensor,
+        topk_scores_TK: Tensor,
+        kept_TK: Tensor | None,
+        shape: FixedShape | None = None,
     ) -> AllToAllState:
         W, L, rank = self.groups.ep_size, len(self.local_experts), self.groups.ep_rank
-        # Rows that have no expert stay at the tail of the order, so the plan needs no count of its own yet.
-        plan = plan_permutation(topk_ids_TK, self.num_experts, kept_TK, num_rows=topk_ids_TK.numel())
-        counts_WWL = all_gather(plan.tokens_per_expert_E, self.group).view(W, W, L)
-        splits_WW = counts_WWL.sum(-1).tolist()  # the layer's one host synchronisation: sender x receiver
-        input_splits, output_splits = splits_WW[rank], [sender[rank] for sender in splits_WW]
-        plan = Permutation(plan.assignment_R[: sum(input_splits)], plan.row_TK, plan.tokens_per_expert_E)
+        if shape is None:
+            # Rows that have no expert stay at the tail of the order, so the plan needs no count of its own yet.
+            plan = plan_permutation(topk_ids_TK, self.num_experts, kept_TK, num_rows=topk_ids_TK.numel())
+            counts_WWL = all_gather(plan.tokens_per_expert_E, self.group).view(W, W, L)
+            splits_WW = counts_WWL.sum(-1).tolist()  # the layer's one host synchronisation: sender x receiver
+            input_splits, output_splits = splits_WW[rank], [sender[rank] for sender in splits_WW]
+            plan = replace(plan, assignment_R=plan.assignment_R[: sum(input_splits)])
+            counts_WL = counts_WWL[:, rank]
+        else:
+            C = shape.rows_per_expert
+            plan = plan_permutation(topk_ids_TK, self.num_experts, kept_TK, rows_per_expert=C)
+            input_splits = output_splits = [L * C] * W
+            counts_WL = torch.full((W, L), C, device=x_TD.device)
 
         arrived_RD = all_to_all(permute(x_TD, plan), output_splits, input_splits, self.group)
-        counts_WL = counts_WWL[:, rank]
         expert_of_run_WL = torch.arange(L, device=x_TD.device).repeat(W)
         expert_R = expert_of_run_WL.repeat_interleave(counts_WL.reshape(-1), output_size=sum(output_splits))
         order_R = torch.argsort(expert_R, stable=True)

@@ -29,6 +29,19 @@ class Dispatched:
     tokens_per_expert_L: Tensor
 
 
+@dataclass(frozen=True)
+class FixedShape:
+    """Sizes that every rank of the EP group pads to, so that they depend on no routing.
+
+    Args:
+        num_tokens: Tokens of the rank that has most.
+        rows_per_expert: Rows that every expert gets from every rank; assignments are kept within it.
+    """
+
+    num_tokens: int
+    rows_per_expert: int
+
+
 State = TypeVar("State", bound=Dispatched)
 
 
@@ -51,7 +64,14 @@ class Dispatcher(ABC, Generic[State]):
         self.local_experts = groups.local_experts(num_experts)
 
     @abstractmethod
-    def dispatch(self, x_TD: Tensor, topk_ids_TK: Tensor, topk_scores_TK: Tensor, kept_TK: Tensor | None) -> State:
+    def dispatch(
+        self,
+        x_TD: Tensor,
+        topk_ids_TK: Tensor,
+        topk_scores_TK: Tensor,
+        kept_TK: Tensor | None,
+        shape: FixedShape | None = None,
+    ) -> State:
         """Sends every kept assignment's token to the rank of its expert.
 
         Args:
@@ -59,15 +79,16 @@ class Dispatcher(ABC, Generic[State]):
             topk_ids_TK: Their experts.
             topk_scores_TK: Weights of the experts' outputs, fp32.
             kept_TK: False where an assignment is dropped; ``None`` is dropless.
+            shape: Sizes to pad to, the same on all ranks of the group; ``None`` moves what there is.
         """
 
     @abstractmethod
     def combine(self, y_RD: Tensor, state: State) -> Tensor:
         """Brings the experts' outputs back and sums them, weighted: [R, D] -> [T, D]."""
 
-    def largest_num_tokens(self, num_tokens: int, device: torch.device) -> Tensor:
-        """The largest number of tokens on a rank of the EP group, as a scalar tensor: nobody waits for it."""
-        largest = torch.full((), num_tokens, device=device)
+    def largest(self, numbers: list[int | Tensor], device: torch.device) -> Tensor:
+        """The largest of each number over the ranks of the EP group, in one reduction for which nobody waits."""
+        largest = torch.stack([torch.as_tensor(number, device=device) for number in numbers])
         if self.groups.ep_group is not None and self.groups.ep_size > 1:
             dist.all_reduce(largest, dist.ReduceOp.MAX, group=self.groups.ep_group)
         return largest

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_moe.dispatch.base import Dispatched, Dispatcher
+from lightning_moe.dispatch.base import Dispatched, Dispatcher, FixedShape
 from lightning_moe.dispatch.permute import Permutation, permute, plan_permutation, unpermute
 from lightning_moe.parallel import ExpertGroups
 
@@ -36,8 +36,17 @@ class LocalDispatcher(Dispatcher[LocalState]):
             )
 
     @override
-    def dispatch(self, x_TD: Tensor, topk_ids_TK: Tensor, topk_scores_TK: Tensor, kept_TK: Tensor | None) -> LocalState:
-        plan = plan_permutation(topk_ids_TK, self.num_experts, kept_TK)
+    def dispatch(
+        self,
+        x_TD: Tensor,
+        topk_ids_TK: Tensor,
+        topk_scores_TK: Tensor,
+        kept_TK: Tensor | None,
+        shape: FixedShape | None = None,
+    ) -> LocalState:
+        plan = plan_permutation(
+            topk_ids_TK, self.num_experts, kept_TK, rows_per_expert=shape.rows_per_expert if shape else None
+        )
         return LocalState(permute(x_TD, plan), plan.tokens_per_expert_E, plan, topk_scores_TK)
 
     @override

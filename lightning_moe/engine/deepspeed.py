@@ -71,6 +71,8 @@ def new_expert_groups(topology: Topology) -> ExpertGroups:
         groups._get_expert_parallel_group(name),
         edp_group,
         partial(_place_expert_parameter, name=name, edp_group=edp_group),
+        data_size=topology.world_size,
+        data_rank=rank,
     )
 
 

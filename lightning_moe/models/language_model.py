@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import lightning as L
@@ -46,6 +46,8 @@ class MoELanguageModel(L.LightningModule):
         weight_decay: Of matrices, those of the experts and routers included; norms and embeddings have none.
         warmup_steps: Optimizer steps of linear warm-up.
         min_lr_ratio: Learning rate at the end of the run, as a share of its peak.
+        experts_by_layer: Number of experts of each MoE layer in turn, as in a pyramid (PR-MoE), in place of
+            ``moe.num_experts``; ``None`` is the same for all.
 
     Raises:
         ValueError: An argument is out of its range; the message names field, value, rule and remedy.
@@ -63,6 +65,7 @@ class MoELanguageModel(L.LightningModule):
         weight_decay: float = 0.1,
         warmup_steps: int = 20,
         min_lr_ratio: float = 0.1,
+        experts_by_layer: list[int] | None = None,
     ) -> None:
         super().__init__()
         # Plain values only: torch.load refuses other classes in a checkpoint unless told to trust it.
@@ -70,6 +73,7 @@ class MoELanguageModel(L.LightningModule):
         moe = MoEConfig(**moe) if isinstance(moe, Mapping) else moe  # as load_from_checkpoint gives it back
         self.save_hyperparameters({"moe": asdict(moe)})
         _check(vocab_size, hidden_size, num_layers, num_heads, moe_every)
+        _check_experts(moe, num_layers // moe_every, experts_by_layer)
         _check_schedule(learning_rate, weight_decay, warmup_steps, min_lr_ratio)
         self.moe = moe
         self.vocab_size = vocab_size
@@ -81,6 +85,7 @@ class MoELanguageModel(L.LightningModule):
         self.weight_decay = weight_decay
         self.warmup_steps = warmup_steps
         self.min_lr_ratio = min_lr_ratio
+        self.experts_by_layer = experts_by_layer
         self.transformer: Transformer | None = None
 
     @override
@@ -88,7 +93,13 @@ class MoELanguageModel(L.LightningModule):
         """Makes the layers, once."""
         if self.transformer is None:
             self.transformer = Transformer(
-                self.vocab_size, self.hidden_size, self.num_layers, self.num_heads, self.moe, self.moe_every
+                self.vocab_size,
+                self.hidden_size,
+                self.num_layers,
+                self.num_heads,
+                self.moe,
+                self.moe_every,
+                self.experts_by_layer,
             )
 
     @override
@@ -237,6 +248,21 @@ def _check(vocab_size: int, hidden_size: int, num_layers: int, num_heads: int, m
             f"moe_every={moe_every}: must be from 1 to num_layers={num_layers}, or no layer would be an MoE. "
             "Use 1 for MoE in every layer."
         )
+
+
+def _check_experts(moe: MoEConfig, num_moe_layers: int, experts_by_layer: list[int] | None) -> None:
+    if experts_by_layer is None:
+        return
+    if len(experts_by_layer) != num_moe_layers:
+        raise ValueError(
+            f"experts_by_layer={experts_by_layer}: must have one number for each of the {num_moe_layers} MoE layers. Give "
+            "as many, or leave it out for moe.num_experts in every layer."
+        )
+    for layer, num_experts in enumerate(experts_by_layer):
+        try:
+            replace(moe, num_experts=num_experts)
+        except ValueError as error:
+            raise ValueError(f"experts_by_layer={experts_by_layer}, MoE layer {layer}: {error}") from error
 
 
 def _check_schedule(learning_rate: float, weight_decay: float, warmup_steps: int, min_lr_ratio: float) -> None:

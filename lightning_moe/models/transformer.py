@@ -6,6 +6,9 @@ channels, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -102,17 +105,19 @@ class Block(nn.Module):
         self.feed_forward_norm = nn.RMSNorm(hidden_size)
         self.feed_forward: nn.Module
         if is_moe:
-            self.feed_forward = MoE(hidden_size, moe)
+            self.feed_forward = MoE(hidden_size, moe, causal=True)
         else:
             expert_size = moe.intermediate_size or 4 * hidden_size
-            width = (moe.top_k + moe.num_shared_experts) * expert_size
+            width = (moe.top_k + moe.num_shared_experts + moe.residual) * expert_size
             self.feed_forward = SharedMLP(hidden_size, width, "swiglu")
 
-    def forward(self, x_BSD: Tensor, cos_SP: Tensor, sin_SP: Tensor) -> Tensor:
+    def forward(self, x_BSD: Tensor, cos_SP: Tensor, sin_SP: Tensor, tokens_BS: Tensor) -> Tensor:
         """Applies the layer, [B, S, D] -> [B, S, D]."""
         x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD), cos_SP, sin_SP)
-        y_BSD: Tensor = x_BSD + self.feed_forward(self.feed_forward_norm(x_BSD))
-        return y_BSD
+        h_BSD = self.feed_forward_norm(x_BSD)
+        if isinstance(self.feed_forward, MoE):
+            return x_BSD + self.feed_forward(h_BSD, token_ids=tokens_BS)
+        return x_BSD + self.feed_forward(h_BSD)
 
 
 class Transformer(nn.Module):
@@ -125,6 +130,7 @@ class Transformer(nn.Module):
         num_heads: H.
         moe: Settings of the MoE layers.
         moe_every: Every ``moe_every``-th block is an MoE layer, the last of each such run; 1 is all of them.
+        experts_by_layer: Number of experts of each MoE layer in turn; ``None`` is ``moe.num_experts`` for all.
     """
 
     def __init__(
@@ -135,13 +141,17 @@ class Transformer(nn.Module):
         num_heads: int,
         moe: MoEConfig,
         moe_every: int,
+        experts_by_layer: Sequence[int] | None = None,
     ) -> None:
         super().__init__()
         self.head_size = hidden_size // num_heads
         self.embedding = Embedding(vocab_size, hidden_size)
-        self.blocks = nn.ModuleList(
-            Block(hidden_size, num_heads, moe, is_moe=(layer + 1) % moe_every == 0) for layer in range(num_layers)
-        )
+        self.blocks = nn.ModuleList()
+        for layer in range(1, num_layers + 1):
+            is_moe = layer % moe_every == 0
+            if is_moe and experts_by_layer is not None:
+                moe = replace(moe, num_experts=experts_by_layer[layer // moe_every - 1])
+            self.blocks.append(Block(hidden_size, num_heads, moe, is_moe))
         self.norm = nn.RMSNorm(hidden_size)
         self.head = Head(hidden_size, vocab_size, bias=False)
 
@@ -150,6 +160,6 @@ class Transformer(nn.Module):
         x_BSD = self.embedding(tokens_BS)
         cos_SP, sin_SP = rotary_tables(tokens_BS.shape[1], self.head_size, tokens_BS.device)
         for block in self.blocks:
-            x_BSD = block(x_BSD, cos_SP, sin_SP)
+            x_BSD = block(x_BSD, cos_SP, sin_SP, tokens_BS)
         logits_BSV: Tensor = self.head(self.norm(x_BSD))
         return logits_BSV

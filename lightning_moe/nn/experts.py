@@ -7,13 +7,13 @@ activation is gated and F where it is not.
 from __future__ import annotations
 
 import math
-from typing import cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from lightning_moe.config import Activation
+from lightning_moe.nn.dense import activate
 from lightning_moe.parallel import ExpertGroups, mark_expert_parameter
 
 _ALIGNMENT = 16
@@ -150,32 +150,3 @@ def _grouped_mm_takes(x_RD: Tensor, weight_LGD: Tensor) -> bool:
         return False  # the dtype that grouped_mm takes on every CUDA version; the rest goes by slices
     _, G, D = weight_LGD.shape
     return all(width * x_RD.element_size() % _ALIGNMENT == 0 for width in (G, D))
-
-
-class SharedMLP(nn.Module):
-    """The expert that every token uses: one dense MLP.
-
-    Args:
-        hidden_size: D.
-        intermediate_size: F of the whole MLP.
-        activation: As for the routed experts.
-    """
-
-    def __init__(self, hidden_size: int, intermediate_size: int, activation: Activation) -> None:
-        super().__init__()
-        self.activation = activation
-        width = 2 * intermediate_size if activation == "swiglu" else intermediate_size
-        self.up = nn.Linear(hidden_size, width, bias=False)
-        self.down = nn.Linear(intermediate_size, hidden_size, bias=False)
-
-    def forward(self, x_TD: Tensor) -> Tensor:
-        """Applies the MLP to every token, [T, D] -> [T, D]."""
-        return cast(Tensor, self.down(activate(self.up(x_TD), self.activation)))
-
-
-def activate(h_RG: Tensor, activation: Activation) -> Tensor:
-    """The activation between the two products, [R, G] -> [R, F]; ``swiglu`` halves the width."""
-    if activation == "swiglu":
-        gate_RF, up_RF = h_RG.chunk(2, dim=-1)
-        return functional.silu(gate_RF) * up_RF
-    return functional.gelu(h_RG) if activation == "gelu" else functional.relu(h_RG)

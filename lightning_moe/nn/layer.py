@@ -6,18 +6,23 @@ Shapes: T local tokens, D model width, K experts per token, R rows for this rank
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
 from functools import cache
+from typing import Any
 
 import torch
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from torch import Tensor, nn
 
 from lightning_moe.config import MoEConfig
-from lightning_moe.dispatch import make_dispatcher
-from lightning_moe.nn.capacity import expert_capacity, keep_within_capacity
-from lightning_moe.nn.experts import GroupedExperts, SharedMLP
-from lightning_moe.nn.router import Routing, make_router
+from lightning_moe.dispatch import FixedShape, make_dispatcher
+from lightning_moe.nn.capacity import expert_capacity, keep_within_capacity, move_to_next_expert
+from lightning_moe.nn.dense import ResidualMLP, SharedMLP
+from lightning_moe.nn.experts import GroupedExperts
+from lightning_moe.nn.router import Router, Routing, make_router
+from lightning_moe.nn.router.base import DROP
 from lightning_moe.nn.tap import RoutingTap
+from lightning_moe.nn.tokens import Tokens
 from lightning_moe.parallel import ExpertGroups, groups_in_scope
 
 
@@ -43,13 +48,15 @@ class MoE(nn.Module):
     Args:
         hidden_size: D, the last dimension of the input.
         config: Everything else.
+        causal: Whether a token must not know of later ones, as in a language model. The layer computes the same; it
+            warns where its router looks ahead.
 
     Raises:
         ValueError: ``hidden_size`` is below 1, a name is unknown, or ``num_experts`` is not divisible by the
             expert_parallel_size.
     """
 
-    def __init__(self, hidden_size: int, config: MoEConfig) -> None:
+    def __init__(self, hidden_size: int, config: MoEConfig, *, causal: bool = False) -> None:
         super().__init__()
         if hidden_size < 1:
             raise ValueError(f"hidden_size={hidden_size}: must be at least 1. Use the width of the model.")
@@ -59,21 +66,33 @@ class MoE(nn.Module):
         self.tap = RoutingTap()
         intermediate_size = config.intermediate_size or 4 * hidden_size
         self.dispatcher = make_dispatcher(config.dispatcher, config.num_experts, self.groups)
-        self.router = make_router(hidden_size, config)
+        self.router: Router = make_router(hidden_size, config)
         self.experts = GroupedExperts(
             hidden_size, intermediate_size, config.num_experts, config.activation, self.groups
         )
         self.shared_mlp = (
-            SharedMLP(hidden_size, config.num_shared_experts * intermediate_size, config.activation)
+            SharedMLP(
+                hidden_size, config.num_shared_experts * intermediate_size, config.activation, config.shared_expert_gate
+            )
             if config.num_shared_experts
             else None
         )
-        if config.top_k == 1 and config.normalize_topk and config.num_experts > 1:
+        self.residual = ResidualMLP(hidden_size, intermediate_size, config.activation) if config.residual else None
+        self._warn_of_settings(causal)
+
+    def _warn_of_settings(self, causal: bool) -> None:
+        config = self.config
+        reads_normalize = config.router in ("topk", "group_limited", "sinkhorn")
+        is_constant = (reads_normalize and config.normalize_topk) or config.router == "noisy_topk"
+        if config.top_k == 1 and config.num_experts > 1 and is_constant:
+            remedy = "top_k=2" if config.router == "noisy_topk" else "normalize_topk=False, or router='switch',"
             warnings.warn(
-                "top_k=1 with normalize_topk=True gives every expert the weight 1, so that the router learns from "
-                "auxiliary losses only. Set normalize_topk=False (Switch) to let it learn from the task.",
-                stacklevel=2,
+                f"top_k=1: router={config.router!r} divides the one weight by itself, so that it learns from auxiliary "
+                f"losses only. Use {remedy} to let it learn from the task.",
+                stacklevel=3,
             )
+        if causal and self.router.looks_ahead:
+            _warn_of_looking_ahead(config.router)
 
     @property
     def num_experts(self) -> int:
@@ -110,43 +129,113 @@ class MoE(nn.Module):
 
     # Dynamo can trace neither uneven collectives nor the tap, so that this is one graph break a layer.
     @torch.compiler.disable
-    def forward(self, x: Tensor) -> Tensor:
-        """Applies the layer, [..., D] -> [..., D], in the dtype of ``x``. Collective over the EP group."""
+    def forward(self, x: Tensor, valid: Tensor | None = None, token_ids: Tensor | None = None) -> Tensor:
+        """Applies the layer, [..., D] -> [..., D], in the dtype of ``x``. Collective over the EP group.
+
+        Args:
+            x: Activations; the last dimension but one is a sequence.
+            valid: False where a token is padding: it goes to no routed expert and counts nowhere. Shape [...].
+            token_ids: Ids of the tokens in a vocabulary, for ``router="hash"``. Shape [...].
+        """
         if x.shape[-1] != self.hidden_size:
             raise ValueError(
                 f"x has shape {list(x.shape)}: its last dimension must be hidden_size={self.hidden_size}. Build the "
                 "layer for the width of the model."
             )
         x_TD = x.reshape(-1, self.hidden_size)
-        routing = self.route(x_TD)
-        state = self.dispatcher.dispatch(x_TD, routing.topk_ids_TK, routing.topk_scores_TK, routing.kept_TK)
+        tokens = Tokens(x.shape[:-1], valid, token_ids, self.groups, self.training, x.device)
+        chosen: Routing = self.router(x_TD, tokens)
+        routing, shape = self.place(chosen, tokens)
+        state = self.dispatcher.dispatch(
+            x_TD, routing.topk_ids_TK, routing.topk_scores_TK.float(), routing.kept_TK, shape
+        )
         y_RD = self.experts(state.x_RD, state.tokens_per_expert_L)
         y_TD = self.dispatcher.combine(y_RD, state)
+        if self.training:
+            self._warn_if_unbalanced(chosen)
+            y_TD = self.tap(y_TD, chosen, routing, tokens)
         if self.shared_mlp is not None:
             y_TD = y_TD + self.shared_mlp(x_TD)
+        if self.residual is not None:
+            y_TD = self.residual(x_TD, y_TD)
         return y_TD.to(x.dtype).view_as(x)
 
-    def route(self, x_TD: Tensor) -> Routing:
-        """Chooses experts and decides what is dropped. Collective over the EP group where there is a capacity."""
-        routing: Routing = self.router(x_TD)
-        factor = self.config.capacity_factor if self.training else self.config.eval_capacity_factor
-        if factor is not None:
-            # One capacity for the whole EP group: a rank with a short batch must not disagree about shapes.
-            num_tokens = self.dispatcher.largest_num_tokens(x_TD.shape[0], x_TD.device)
-            capacity = expert_capacity(
-                num_tokens, self.num_experts, self.config.top_k, factor, self.config.min_capacity
+    def place(self, chosen: Routing, tokens: Tokens) -> tuple[Routing, FixedShape | None]:
+        """Fits the router's choice into the capacity. Collective over the EP group where there is one.
+
+        Returns:
+            The routing with what is kept and where, and the shape to pad to, where the config asks for it.
+        """
+        config = self.config
+        factor = config.capacity_factor if self.training else config.eval_capacity_factor
+        if self.router.fits_capacity:
+            return self._place_fitting(chosen, tokens, factor or config.capacity_factor)
+        if factor is None:
+            return chosen._replace(kept_TK=chosen.assigned_TK), None
+        # One capacity for the whole EP group: a rank with a short batch must not disagree about shapes.
+        largest, largest_valid = self.dispatcher.largest([tokens.num_tokens, tokens.num_valid], tokens.device)
+        experts = self.num_experts, config.top_k, factor, config.min_capacity
+        routing = self._within(expert_capacity(largest_valid, *experts), chosen, tokens)
+        if not config.pad_to_capacity:
+            return routing, None
+        num_tokens = int(largest)  # the layer's one host synchronisation: with a fixed shape dispatchers need none
+        return routing, FixedShape(num_tokens, int(expert_capacity(num_tokens, *experts)))
+
+    def _place_fitting(
+        self, chosen: Routing, tokens: Tokens, factor: float | None
+    ) -> tuple[Routing, FixedShape | None]:
+        """Cuts off the places of a token that no assignment uses on any rank of the EP group."""
+        assert chosen.assigned_TK is not None
+        assert factor is not None
+        used = chosen.assigned_TK.sum(1).amax() if tokens.num_tokens else 0
+        # A host synchronisation of its own: how many experts a token has is data.
+        num_tokens, width = self.dispatcher.largest([tokens.num_tokens, used], tokens.device).tolist()
+        width = max(width, 1)
+        routing = chosen._replace(
+            topk_ids_TK=chosen.topk_ids_TK[:, :width],
+            topk_scores_TK=chosen.topk_scores_TK[:, :width],
+            kept_TK=chosen.assigned_TK[:, :width],
+        )
+        if not self.config.pad_to_capacity:
+            return routing, None
+        return routing, FixedShape(num_tokens, int(expert_capacity(num_tokens, self.num_experts, 1, factor, 1)))
+
+    def _within(self, capacity: Tensor, chosen: Routing, tokens: Tokens) -> Routing:
+        ids_TK = chosen.topk_ids_TK
+        if self.config.drop_priority == "score":
+            priority_TK = chosen.topk_scores_TK.detach()
+        elif self.config.drop_priority == "position":
+            priority_TK = torch.arange(len(ids_TK), 0, -1, device=ids_TK.device).unsqueeze(1).expand_as(ids_TK)
+        else:
+            priority_TK = tokens.uniform(ids_TK.shape[1], DROP)
+        kept_TK = keep_within_capacity(ids_TK, priority_TK, self.num_experts, capacity, chosen.assigned_TK)
+        if self.config.overflow == "drop":
+            return chosen._replace(kept_TK=kept_TK)
+        choice_TE = chosen.logits_TE if chosen.choice_TE is None else chosen.choice_TE
+        ids_TK, kept_TK = move_to_next_expert(ids_TK, kept_TK, choice_TE, priority_TK, capacity, chosen.assigned_TK)
+        return chosen._replace(topk_ids_TK=ids_TK, kept_TK=kept_TK, topk_scores_TK=self.router.weigh(chosen, ids_TK))
+
+    def reconfigure(self, **changes: Any) -> None:
+        """Changes settings of the running layer: ``top_k``, ``capacity_factor`` and ``eval_capacity_factor``.
+
+        Raises:
+            ValueError: another setting, which the weights depend on, or a value that the config refuses.
+        """
+        if fixed := sorted(changes.keys() - {"top_k", "capacity_factor", "eval_capacity_factor"}):
+            raise ValueError(
+                f"{fixed[0]}: cannot change while the layer exists. Use top_k, capacity_factor and "
+                "eval_capacity_factor, or build the layer anew."
             )
-            kept_TK = keep_within_capacity(routing.topk_ids_TK, routing.topk_scores_TK, self.num_experts, capacity)
-            routing = routing._replace(kept_TK=kept_TK)
-        if self.training:
-            if self.tap.loss_weights is None and routing.topk_scores_TK.requires_grad:
-                _warn_without_losses()
-            routing = self.tap(routing)
-        return routing
+        self.config = self.router.config = replace(self.config, **changes)
+
+    def _warn_if_unbalanced(self, chosen: Routing) -> None:
+        in_charge = self.tap.loss_weights is not None or self.tap.balanced or self.router.balances_itself
+        if not in_charge and chosen.topk_scores_TK.requires_grad:
+            _warn_without_losses()
 
     def extra_repr(self) -> str:
         """Shows the choices that matter."""
-        return f"top_k={self.config.top_k}, dispatcher={type(self.dispatcher).__name__}"
+        return f"router={self.config.router}, top_k={self.config.top_k}, dispatcher={type(self.dispatcher).__name__}"
 
 
 @cache
@@ -157,5 +246,16 @@ def _warn_without_losses() -> None:
         "MoE layers are trained with no AuxLossCallback, so that most tokens may end up at a few experts. "
         "Add lightning_moe.AuxLossCallback(load_balancing=0.01) to the Trainer's callbacks; "
         "AuxLossCallback(load_balancing=0) trains without the loss on purpose.",
+        stacklevel=2,
+    )
+
+
+@cache
+@rank_zero_only
+def _warn_of_looking_ahead(router: str) -> None:
+    warnings.warn(
+        f"router={router!r}: the experts choose among all tokens of a batch, later ones included, so that a causal "
+        "model sees its future: its loss is too good, and generation will not be as good as it. Use router='topk' "
+        "for a model that is to generate.",
         stacklevel=2,
     )

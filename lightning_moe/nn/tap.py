@@ -4,21 +4,40 @@ Both happen in backward, because backward reaches a layer exactly once a micro-b
 the two forwards under activation checkpointing (whichever kind) only one is gone back through. So a loss can
 neither be lost nor added twice, and a token can neither be missed nor counted twice.
 
-Shapes: T tokens, K experts per token, E experts.
+Shapes: T tokens, D width, K experts per token, E experts, G groups of tokens over which the balance is taken.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from lightning_moe.dispatch.permute import count_ids
-from lightning_moe.nn.balance import load_balancing_loss, router_z_loss
+from lightning_moe.nn.balance import (
+    balance_of,
+    balance_weights,
+    importance_loss,
+    load_loss,
+    mean_probabilities,
+    router_z_loss,
+    tokens_per_expert,
+)
 from lightning_moe.nn.router import Routing
+from lightning_moe.nn.tokens import Tokens
+
+Scope = Literal["micro_batch", "sequence", "global_batch"]
+
+
+class LossWeights(NamedTuple):
+    """Weights of the losses in the objective of one micro-batch."""
+
+    load_balancing: float = 0.0
+    router_z: float = 0.0
+    importance: float = 0.0
+    load: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -28,67 +47,136 @@ class RoutingStats:
     Args:
         load_balancing_loss: Unweighted scalar.
         router_z_loss: Unweighted scalar.
+        importance_loss: Unweighted scalar; 0 where nobody asks for it.
+        load_loss: Unweighted scalar; 0 where nobody asks for it or the router has no noise.
         tokens_per_expert_E: Assignments of every expert, before any is dropped.
-        num_dropped: Scalar, assignments over capacity.
+        num_dropped: Scalar, assignments that found no expert with room.
+        num_rerouted: Scalar, assignments that another expert took.
     """
 
     load_balancing_loss: Tensor
     router_z_loss: Tensor
+    importance_loss: Tensor
+    load_loss: Tensor
     tokens_per_expert_E: Tensor
     num_dropped: Tensor
+    num_rerouted: Tensor
 
 
 class RoutingTap:
     """A layer's outlet to callbacks. It does nothing, at no cost, until somebody uses it.
 
     Attributes:
-        loss_weights: Weights of the load-balancing and the z-loss in the objective of this micro-batch; ``None``
-            while nobody has taken charge of them.
+        loss_weights: Weights of the losses in the objective of this micro-batch; ``None`` while nobody has taken
+            charge of them.
         loss_gradient: Gradient of what is differentiated with respect to the objective: the loss scale in fp16.
+        scope: Over what the shares f_i of the load-balancing loss are taken: the micro-batch of this rank, each of
+            its sequences, or all ranks' micro-batches since :meth:`begin_step`.
+        sum_over_ranks: How counts are summed over the ranks that have other data, for ``global_batch``.
+        balanced: Whether the load is kept even by something else than a loss.
         observers: Called in backward with the :class:`RoutingStats` of each micro-batch.
     """
 
     def __init__(self) -> None:
-        self.loss_weights: tuple[float, float] | None = None
+        self.loss_weights: LossWeights | None = None
         self.loss_gradient: Tensor | float = 1.0
+        self.scope: Scope = "micro_batch"
+        self.sum_over_ranks: Callable[[Tensor], Tensor] | None = None
+        self.balanced = False
         self.observers: list[Callable[[RoutingStats], None]] = []
+        self._counts_of_step: Tensor | int = 0
 
     @property
     def in_use(self) -> bool:
         """Whether anybody weighs the losses or looks at the statistics."""
         return bool(self.observers) or self.loss_weights is not None
 
-    def __call__(self, routing: Routing) -> Routing:
-        """Ties the losses to the selected scores, whose values stay as they are."""
-        if not (self.in_use and routing.topk_scores_TK.requires_grad):
-            return routing
-        losses_2 = torch.stack(
-            [load_balancing_loss(routing.scores_TE, routing.topk_ids_TK), router_z_loss(routing.logits_TE)]
+    def begin_step(self) -> None:
+        """Forgets the micro-batches of the optimizer step before."""
+        self._counts_of_step = 0
+
+    def __call__(self, y_TD: Tensor, chosen: Routing, placed: Routing, tokens: Tokens) -> Tensor:
+        """Ties the losses to the layer's output, whose values stay as they are.
+
+        Args:
+            y_TD: Where backward enters the layer.
+            chosen: What the router chose.
+            placed: What became of it under a capacity.
+            tokens: The tokens.
+        """
+        if not (self.in_use and y_TD.requires_grad):
+            return y_TD
+        weights = self.loss_weights or LossWeights()
+        length = tokens.sequence_length if self.scope == "sequence" else None
+        probs_TE = chosen.scores_TE if chosen.probs_TE is None else chosen.probs_TE
+        probs_GE = mean_probabilities(probs_TE, tokens.valid_T, length)
+        zero = probs_GE.new_zeros(())
+        losses_3 = torch.stack(
+            [
+                router_z_loss(chosen.logits_TE, tokens.valid_T),
+                importance_loss(chosen.topk_scores_TK, chosen.topk_ids_TK, chosen.num_experts, chosen.assigned_TK).to(
+                    zero.dtype
+                )
+                if weights.importance
+                else zero,
+                load_loss(chosen.load_TE, tokens.valid_T) if weights.load and chosen.load_TE is not None else zero,
+            ]
         )
-        ids_N = routing.topk_ids_TK.reshape(-1)
-        values_2 = losses_2.detach()
-        stats = RoutingStats(
-            values_2[0],
-            values_2[1],
-            count_ids(ids_N, routing.scores_TE.shape[1]),
-            ids_N.new_zeros(()) if routing.kept_TK is None else (~routing.kept_TK).sum(),
-        )
-        tied_TK = _Tie.apply(routing.topk_scores_TK, losses_2, self, stats)
-        return routing._replace(topk_scores_TK=tied_TK)
+        counts_GE = tokens_per_expert(chosen.topk_ids_TK, chosen.num_experts, chosen.assigned_TK, length)
+        z, importance, load = losses_3.detach().unbind()
+        stats = RoutingStats(zero, z, importance, load, counts_GE.sum(0), *_not_as_chosen(chosen, placed))
+        return _Tie.apply(y_TD, probs_GE, losses_3, self, counts_GE, stats)
+
+    def shares_of(self, counts_GE: Tensor) -> Tensor:
+        """The counts over which f is taken. Collective over the ranks with other data for ``global_batch``."""
+        if self.scope != "global_batch":
+            return counts_GE
+        total_GE = counts_GE if self.sum_over_ranks is None else self.sum_over_ranks(counts_GE)
+        self._counts_of_step = self._counts_of_step + total_GE
+        return self._counts_of_step
+
+
+def _not_as_chosen(chosen: Routing, placed: Routing) -> tuple[Tensor, Tensor]:
+    """Numbers of dropped and of rerouted assignments."""
+    if placed.kept_TK is None:
+        return chosen.topk_ids_TK.new_zeros(()), chosen.topk_ids_TK.new_zeros(())
+    width = placed.kept_TK.shape[1]  # places beyond were cut off because nothing was assigned there
+    lost_TK = ~placed.kept_TK if chosen.assigned_TK is None else ~placed.kept_TK & chosen.assigned_TK[:, :width]
+    return lost_TK.sum(), (placed.topk_ids_TK != chosen.topk_ids_TK[:, :width]).sum()
 
 
 class _Tie(torch.autograd.Function):
-    """Identity on the scores; its backward starts the losses' gradient (as Megatron's MoEAuxLossAutoScaler does)."""
+    """Identity on the output; its backward starts the losses' gradient (as Megatron's MoEAuxLossAutoScaler does)."""
 
     @staticmethod
-    def forward(ctx: Any, scores_TK: Tensor, losses_2: Tensor, tap: RoutingTap, stats: RoutingStats) -> Tensor:
+    def forward(
+        ctx: Any,
+        y_TD: Tensor,
+        probs_GE: Tensor,
+        losses_3: Tensor,
+        tap: RoutingTap,
+        counts_GE: Tensor,
+        stats: RoutingStats,
+    ) -> Tensor:
         ctx.tap, ctx.stats = tap, stats
-        return scores_TK.view_as(scores_TK)
+        ctx.save_for_backward(probs_GE, counts_GE)
+        return y_TD.view_as(y_TD)
 
     @staticmethod
-    def backward(ctx: Any, grad_TK: Tensor) -> tuple[Tensor, Tensor, None, None]:
+    def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None, None]:
         tap: RoutingTap = ctx.tap
+        probs_GE, counts_GE = ctx.saved_tensors
+        counts_GE = tap.shares_of(counts_GE)
+        stats = replace(ctx.stats, load_balancing_loss=balance_of(probs_GE, counts_GE))
         for observe in tap.observers:
-            observe(ctx.stats)
-        weights_2 = torch.tensor(tap.loss_weights or (0.0, 0.0), dtype=torch.float32, device=grad_TK.device)
-        return grad_TK, weights_2 * tap.loss_gradient, None, None
+            observe(stats)
+        weights = tap.loss_weights or LossWeights()
+        weights_4 = torch.tensor(weights, dtype=torch.float32, device=grad_TD.device) * tap.loss_gradient
+        return (
+            grad_TD,
+            (weights_4[0] * balance_weights(counts_GE)).to(probs_GE.dtype),
+            weights_4[1:].to(probs_GE.dtype),
+            None,
+            None,
+            None,
+        )

@@ -24,6 +24,8 @@ class ExpertGroups:
         edp_group: The ranks that hold the same experts as this one; expert gradients reduce here.
         on_expert_parameter: Called with every expert parameter as soon as it exists, before the constructor of
             its module returns. ZeRO-3 partitions parameters at that moment and must know their group by then.
+        data_size: Ranks that have batches of their own, of all EP groups together.
+        data_rank: This rank's place among them.
     """
 
     ep_size: int = 1
@@ -31,6 +33,8 @@ class ExpertGroups:
     ep_group: dist.ProcessGroup | None = None
     edp_group: dist.ProcessGroup | None = None
     on_expert_parameter: Callable[[nn.Parameter], None] | None = None
+    data_size: int = 1
+    data_rank: int = 0
 
     def __deepcopy__(self, memo: dict[int, object]) -> ExpertGroups:
         """Copies of a model, as for weight averaging, stand in the same groups; a process group has no copy."""
@@ -86,4 +90,11 @@ def new_expert_groups(topology: Topology) -> ExpertGroups:
     rank = dist.get_rank()
     edp_group, _ = dist.new_subgroups_by_enumeration([list(ranks) for ranks in topology.edp_groups])
     ep_group, _ = dist.new_subgroups_by_enumeration([list(ranks) for ranks in topology.ep_groups])
-    return ExpertGroups(topology.ep_size, rank % topology.ep_size, ep_group, edp_group)
+    return ExpertGroups(
+        topology.ep_size,
+        rank % topology.ep_size,
+        ep_group,
+        edp_group,
+        data_size=topology.world_size,
+        data_rank=rank,
+    )

@@ -1,0 +1,183 @@
+"""What a router is, what it decides, and how users add their own.
+
+Shapes: T tokens, D width, K experts per token, E experts.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any, ClassVar, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import override
+
+from lightning_moe.config import MoEConfig
+from lightning_moe.nn.tokens import Tokens
+
+
+class Routing(NamedTuple):
+    """A router's decision; a tuple, because ZeRO-3 finds the tensors of a module's output in nothing else.
+
+    Args:
+        logits_TE: Raw router outputs.
+        scores_TE: After the score function.
+        topk_scores_TK: Weights of the selected experts' outputs.
+        topk_ids_TK: The selected experts, best first.
+        kept_TK: False where an assignment has no row: dropped, or never made; ``None`` is nowhere.
+        probs_TE: Scores that sum to 1 over the experts, for losses and metrics; ``None`` is ``scores_TE``.
+        choice_TE: What was selected by, the higher the better, without gradient; ``None`` is ``logits_TE``.
+        assigned_TK: False where a place holds no assignment: the token is padding, or fewer than K experts chose it;
+            ``None`` is nowhere.
+        load_TE: Probability of every expert to be selected again under new noise, for the load loss of noisy gates.
+    """
+
+    logits_TE: Tensor
+    scores_TE: Tensor
+    topk_scores_TK: Tensor
+    topk_ids_TK: Tensor
+    kept_TK: Tensor | None = None
+    probs_TE: Tensor | None = None
+    choice_TE: Tensor | None = None
+    assigned_TK: Tensor | None = None
+    load_TE: Tensor | None = None
+
+    @property
+    def num_experts(self) -> int:
+        """E."""
+        return self.logits_TE.shape[1]
+
+
+class Router(nn.Module, ABC):
+    """Base of all routers: a module from tokens [T, D] to a :class:`Routing`.
+
+    Args:
+        hidden_size: D.
+        config: Settings of the layer.
+
+    Attributes:
+        config: As above; :meth:`lightning_moe.MoE.reconfigure` replaces it.
+        balances_itself: Whether the load is even, or out of anybody's hands, without a loss or a bias.
+        looks_ahead: Whether a token's experts depend on later tokens.
+        fits_capacity: Whether the choice itself keeps to the capacity.
+        estimates_load: Whether ``Routing.load_TE`` is there in training.
+    """
+
+    balances_itself: ClassVar[bool] = False
+    looks_ahead: ClassVar[bool] = False
+    fits_capacity: ClassVar[bool] = False
+    estimates_load: ClassVar[bool] = False
+
+    def __init__(self, hidden_size: int, config: MoEConfig) -> None:
+        super().__init__()
+        self.config = config
+
+    @abstractmethod
+    def forward(self, x_TD: Tensor, tokens: Tokens) -> Routing:
+        """Chooses experts, in ``config.router_dtype`` whatever the precision of ``x_TD``."""
+
+    def weigh(self, routing: Routing, topk_ids_TK: Tensor) -> Tensor:
+        """Weights of other experts than the router's choice, [T, K]: those that had room."""
+        return routing.scores_TE.gather(1, topk_ids_TK)
+
+
+class LearnedRouter(Router):
+    """A router with one learned row per expert: ``logits = x @ weight.T``.
+
+    Args:
+        hidden_size: D.
+        config: Reads ``num_experts``, ``router_dtype`` and ``jitter``.
+
+    Attributes:
+        weight: [E, D].
+    """
+
+    def __init__(self, hidden_size: int, config: MoEConfig) -> None:
+        super().__init__(hidden_size, config)
+        self.weight = nn.Parameter(torch.empty(config.num_experts, hidden_size))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draws the weights, normal with standard deviation 0.02."""
+        nn.init.normal_(self.weight, std=0.02)
+
+    @override
+    def forward(self, x_TD: Tensor, tokens: Tokens) -> Routing:
+        with torch.autocast(x_TD.device.type, enabled=False):
+            x_TD = x_TD.to(getattr(torch, self.config.router_dtype))
+            if self.config.jitter and tokens.training:
+                x_TD = x_TD * (1 + self.config.jitter * (2 * tokens.uniform(x_TD.shape[1], JITTER) - 1))
+            return self.choose(x_TD, self.project(x_TD, self.weight), tokens)
+
+    @abstractmethod
+    def choose(self, x_TD: Tensor, logits_TE: Tensor, tokens: Tokens) -> Routing:
+        """Selects experts by their logits."""
+
+    @staticmethod
+    def project(x_TD: Tensor, weight_ED: Tensor) -> Tensor:
+        """``x @ weight.T`` in the dtype of ``x``."""
+        return nn.functional.linear(x_TD, weight_ED.to(x_TD.dtype))
+
+
+# Streams of random numbers within one pass of a layer.
+JITTER, CHOICE, DROP = range(3)
+
+
+def best(choice_TE: Tensor, top_k: int) -> Tensor:
+    """Ids of the ``top_k`` highest, best first; [T, E] -> [T, K].
+
+    ``torch.topk`` leaves the order of ties open; a stable sort takes the lower expert id everywhere.
+    """
+    order_TE = choice_TE.detach().sort(dim=-1, descending=True, stable=True).indices
+    return order_TE[:, :top_k].contiguous()
+
+
+def assigned_to_valid(tokens: Tokens, topk_ids_TK: Tensor) -> Tensor | None:
+    """``Routing.assigned_TK`` of a router that gives every token but padding its K experts."""
+    return None if tokens.valid_T is None else tokens.valid_T.unsqueeze(1).expand_as(topk_ids_TK)
+
+
+ROUTERS: dict[str, Callable[[int, MoEConfig], Any]] = {}
+"""Known routers, by the name under which a config asks for them."""
+
+Made = TypeVar("Made", bound=Callable[[int, MoEConfig], Any])
+
+
+def register_router(name: str) -> Callable[[Made], Made]:
+    """Makes a router available to ``MoEConfig(router=name)``.
+
+    The decorated class, or a function that makes the module, is called with ``hidden_size`` and the config. Derive
+    from :class:`LearnedRouter` for one that selects by logits; see ``docs/routing.md`` for an example.
+
+    Raises:
+        ValueError: the name is taken.
+    """
+
+    def register(make: Made) -> Made:
+        if ROUTERS.setdefault(name, make) is not make:
+            raise ValueError(f"router={name!r}: this name is taken. Register yours under another.")
+        return make
+
+    return register
+
+
+def make_router(hidden_size: int, config: MoEConfig) -> Router:
+    """The router that ``config.router`` names.
+
+    Raises:
+        ValueError: the name is unknown; the message lists the known.
+        TypeError: what is registered makes no :class:`Router`.
+    """
+    if config.router not in ROUTERS:
+        raise ValueError(
+            f"router={config.router!r}: unknown. Known: {', '.join(sorted(ROUTERS))}. One of your own has to be "
+            "registered before the model is built, by lightning_moe.nn.register_router."
+        )
+    router = ROUTERS[config.router](hidden_size, config)
+    if not isinstance(router, Router):
+        raise TypeError(
+            f"router={config.router!r}: makes a {type(router).__name__}, which is no lightning_moe.nn.Router. "
+            "Derive it from Router or LearnedRouter."
+        )
+    return router

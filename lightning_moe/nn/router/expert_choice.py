@@ -1,0 +1,61 @@
+"""Experts choose their tokens.
+
+Shapes: T tokens, D width, E experts, K = E places of a token.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from typing_extensions import override
+
+from lightning_moe.nn.capacity import expert_capacity
+from lightning_moe.nn.router.base import LearnedRouter, Routing, best, register_router
+from lightning_moe.nn.tokens import Tokens
+
+
+@register_router("expert_choice")
+class ExpertChoiceRouter(LearnedRouter):
+    """Every expert takes the ``capacity_factor * T / E`` tokens that score highest with it (Zhou et al. 2022, eq. 2).
+
+    Load is even by construction; a token may get several experts or none. The weights are softmax scores over the
+    experts. The choice is among the tokens of one rank, later ones included: a causal model sees its future.
+
+    Args:
+        hidden_size: D.
+        config: Reads ``capacity_factor`` and ``eval_capacity_factor``.
+    """
+
+    balances_itself = True
+    looks_ahead = True
+    fits_capacity = True
+
+    @override
+    def choose(self, x_TD: Tensor, logits_TE: Tensor, tokens: Tokens) -> Routing:
+        config = self.config
+        factor = config.capacity_factor if tokens.training else config.eval_capacity_factor or config.capacity_factor
+        assert factor is not None  # MoEConfig sees to it
+        scores_TE = logits_TE.softmax(-1)
+        chosen_TE = _chosen_by_experts(scores_TE.detach(), tokens, factor)
+        # A place for every expert, those that chose the token first; the layer cuts off what no token needs.
+        topk_ids_TK = best(scores_TE.detach().masked_fill(~chosen_TE, -1.0), config.num_experts)
+        return Routing(
+            logits_TE,
+            scores_TE,
+            scores_TE.gather(1, topk_ids_TK),
+            topk_ids_TK,
+            assigned_TK=chosen_TE.gather(1, topk_ids_TK),
+        )
+
+
+def _chosen_by_experts(scores_TE: Tensor, tokens: Tokens, factor: float) -> Tensor:
+    """True where expert e takes token t; among equals the earlier token."""
+    num_experts = scores_TE.shape[1]
+    if tokens.valid_T is not None:
+        scores_TE = scores_TE.masked_fill(~tokens.valid_T.unsqueeze(1), -1.0)
+    num_valid = torch.as_tensor(tokens.num_valid, device=scores_TE.device)
+    capacity = expert_capacity(num_valid, num_experts, top_k=1, capacity_factor=factor, min_capacity=1)
+    capacity = torch.minimum(capacity, num_valid)
+    order_TE = scores_TE.sort(dim=0, descending=True, stable=True).indices
+    place_T1 = torch.arange(len(scores_TE), device=scores_TE.device).unsqueeze(1)
+    return torch.zeros_like(scores_TE, dtype=torch.bool).scatter(0, order_TE, (place_T1 < capacity).expand_as(order_TE))
