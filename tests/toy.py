@@ -31,8 +31,11 @@ class Toy(L.LightningModule):
         scheduler: Callable[[Any], Any] | None = None,
         optimizer: Callable[..., Any] = torch.optim.AdamW,
         learning_rate: float = 1e-2,
+        padding: bool = False,
     ) -> None:
         super().__init__()
+        self.padding = padding
+        self.micro_batch = 0
         self.config, self.recompute, self.two_groups = config, recompute, two_groups
         self.scheduler, self.optimizer, self.learning_rate = scheduler, optimizer, learning_rate
         self.blocks = nn.ModuleList()
@@ -51,12 +54,14 @@ class Toy(L.LightningModule):
             self.build()
 
     def forward(self, x: Tensor) -> Tensor:
+        token_ids = (x[..., 0].float() * 10).floor().long()
+        valid = x[..., 1].float() > -1 if self.padding else None
         x = self.inp(x)
         for block in self.blocks:
             if self.recompute and self.training:
-                x = x + checkpoint(block, x, use_reentrant=self.recompute == "reentrant")
+                x = x + checkpoint(block, x, valid, token_ids, use_reentrant=self.recompute == "reentrant")
             else:
-                x = x + block(x)
+                x = x + block(x, valid, token_ids)
         return self.out(torch.tanh(x))
 
     def loss(self, batch: tuple[Tensor, Tensor]) -> Tensor:
@@ -64,6 +69,8 @@ class Toy(L.LightningModule):
         return nn.functional.mse_loss(self(x).float(), y.float())
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        torch.manual_seed(self.micro_batch)  # as in train_reference, so that routers draw the same there
+        self.micro_batch += 1
         loss = self.loss(batch)
         self.log("train_loss", loss)
         return loss
@@ -124,11 +131,19 @@ def loader(data: ToyData, world_size: int = 1, rank: int = 0, batch_size: int = 
 
 @dataclass
 class Trained:
-    """What is compared between two ways of training."""
+    """What is compared between two ways of training.
+
+    ``output`` is for the first batch of a rank, or for those of all ranks in turn.
+    """
 
     state: dict[str, Tensor]
     grad_norms: list[float]
     output: Tensor
+
+
+def first_batches(data: ToyData, world_size: int) -> Tensor:
+    """The first batch of every rank, one after the other."""
+    return data.x[: world_size * BATCH]
 
 
 def train_reference(
@@ -141,6 +156,7 @@ def train_reference(
     load_balancing: float = 0.0,
     router_z: float = 0.0,
     dtype: torch.dtype = torch.float64,
+    bias_rate: float = 0.0,
 ) -> Trained:
     """The run of one process over the same global batches, by hand: reference layers, torch's own clipping."""
     twin = reference_of(model, world_size, dtype)
@@ -153,11 +169,14 @@ def train_reference(
     norms, micro_batch, per_epoch = [], 0, len(data) // world_size // BATCH
     for _ in range(steps):
         optimizer.zero_grad()
+        loads = [torch.zeros_like(layer.tokens_per_expert_E) for layer in layers]
         for _ in range(accumulate):
+            torch.manual_seed(micro_batch)
             first = micro_batch % per_epoch * BATCH
             rows = [i * world_size + rank for rank in range(world_size) for i in range(first, first + BATCH)]
             loss = nn.functional.mse_loss(twin(data.x[rows].to(dtype)), data.y[rows].to(dtype))
-            for layer in layers:
+            for layer, load_E in zip(layers, loads, strict=True):
+                load_E += layer.tokens_per_expert_E
                 loss = loss + load_balancing / len(layers) * layer.losses["load_balancing"]
                 loss = loss + router_z / len(layers) * layer.losses["router_z"]
             (loss / accumulate).backward()
@@ -167,9 +186,14 @@ def train_reference(
         norm = nn.utils.clip_grad_norm_(twin.parameters(), clip if clip is not None else float("inf"))
         norms.append(float(norm))
         optimizer.step()
+        for layer, load_E in zip(layers, loads, strict=True):
+            for expert, load in enumerate(load_E.tolist()):
+                if bias_rate:
+                    mean = sum(load_E.tolist()) / len(load_E)
+                    layer.router.expert_bias[expert] += bias_rate * ((mean > load) - (mean < load))
         if scheduler is not None:
             scheduler.step()
     twin.eval()
     with torch.no_grad():
-        output = twin(data.x[:BATCH].to(dtype))
+        output = twin(first_batches(data, world_size).to(dtype))
     return Trained({k: v.detach() for k, v in twin.state_dict().items()}, norms, output)

@@ -10,7 +10,7 @@ from lightning_moe.strategies import ExpertParallelStrategy
 
 
 def full_state(trainer: L.Trainer) -> dict[str, Tensor]:
-    """Every parameter whole and on the CPU, by name, on every rank. Collective.
+    """Every parameter whole and every persistent buffer, on the CPU, by name, on every rank. Collective.
 
     Raises:
         TypeError: the Trainer has another strategy.
@@ -19,7 +19,10 @@ def full_state(trainer: L.Trainer) -> dict[str, Tensor]:
     if not isinstance(strategy, ExpertParallelStrategy) or strategy.expert_groups is None:
         raise TypeError(f"strategy={strategy!r}: full_state needs an ExpertParallelStrategy that has been set up.")
     assert strategy.lightning_module is not None
-    return {
+    module = strategy.lightning_module
+    state = {
         name: full_parameter(parameter, strategy.expert_groups).float().cpu()
-        for name, parameter in strategy.lightning_module.named_parameters()
+        for name, parameter in module.named_parameters()
     }
+    persistent = module.state_dict().keys()
+    return state | {name: buffer.cpu().clone() for name, buffer in module.named_buffers() if name in persistent}

@@ -215,13 +215,23 @@ def test_bf16(world: int, ep_size: int, name: str, get_pool: Callable[..., RankP
     get_pool(world).run(in_bf16, name, ep_size, timeout=LIMIT)
 
 
-def largest(ep_size: int) -> int:
+def largest(ep_size: int) -> list[int]:
     dispatcher = make_dispatcher("auto", E, groups_of(ep_size))
-    return int(dispatcher.largest_num_tokens(10 + dist.get_rank(), torch.device("cpu")))
+    rank = dist.get_rank()
+    numbers = dispatcher.largest([10 + rank, torch.tensor(20 - rank), 7], torch.device("cpu"))
+    assert (numbers.shape, numbers.dtype) == ((3,), torch.int64)
+    return numbers.tolist()
 
 
-@pytest.mark.parametrize(("ep_size", "expected"), [(1, [10, 11, 12, 13]), (2, [11, 11, 13, 13]), (4, [13] * 4)])
-def test_largest_number_of_tokens_of_the_ep_group(ep_size: int, expected: list[int], pool4: RankPool) -> None:
+@pytest.mark.parametrize(
+    ("ep_size", "expected"),
+    [
+        (1, [[10, 20, 7], [11, 19, 7], [12, 18, 7], [13, 17, 7]]),
+        (2, [[11, 20, 7], [11, 20, 7], [13, 18, 7], [13, 18, 7]]),
+        (4, [[13, 20, 7]] * 4),
+    ],
+)
+def test_largest_numbers_of_the_ep_group(ep_size: int, expected: list[list[int]], pool4: RankPool) -> None:
     assert pool4.run(largest, ep_size) == expected
 
 

@@ -17,6 +17,7 @@ from torch.testing import assert_close
 from lightning_moe import MoE, MoEConfig
 from lightning_moe.config import Activation
 from lightning_moe.dispatch.local import LocalDispatcher
+from lightning_moe.nn import LossWeights
 from lightning_moe.nn.layer import _warn_without_losses
 from lightning_moe.parallel import ExpertGroups, building_for
 from lightning_moe.testing.reference import ReferenceMoE
@@ -32,9 +33,13 @@ NO_LOSSES = (
     "AuxLossCallback(load_balancing=0) trains without the loss on purpose."
 )
 TOP_1 = (
-    "top_k=1 with normalize_topk=True gives every expert the weight 1, so that the router learns from "
-    "auxiliary losses only. Set normalize_topk=False (Switch) to let it learn from the task."
+    "top_k=1: router={!r} divides the one weight by itself, so that it learns from auxiliary losses only. Use {} to "
+    "let it learn from the task."
 )
+UNLESS_TOP_1 = {
+    **dict.fromkeys(("topk", "group_limited", "sinkhorn"), "normalize_topk=False, or router='switch',"),
+    "noisy_topk": "top_k=2",
+}
 
 
 def make(config: MoEConfig = CONFIG, width: int = D) -> MoE:
@@ -43,7 +48,7 @@ def make(config: MoEConfig = CONFIG, width: int = D) -> MoE:
         warnings.simplefilter("ignore")
         moe = MoE(width, config)
     nn.init.normal_(cast(Tensor, moe.router.weight))  # far apart, so that fp32 and float64 choose the same
-    moe.tap.loss_weights = (0.0, 0.0)
+    moe.tap.loss_weights = LossWeights()
     return moe
 
 
@@ -160,7 +165,7 @@ def test_torch_compile_gives_the_same() -> None:
     model = Block()
     twin = copy.deepcopy(model)
     observed: list[int] = []
-    twin.moe.tap.loss_weights = model.moe.tap.loss_weights = (0.5, 0.25)
+    twin.moe.tap.loss_weights = model.moe.tap.loss_weights = LossWeights(0.5, 0.25)
     twin.moe.tap.observers.append(lambda stats: observed.append(int(stats.tokens_per_expert_E.sum())))
     compiled = torch.compile(twin, backend="eager")
     try:
@@ -248,19 +253,30 @@ def test_no_warning_where_there_is_nothing_to_warn_of() -> None:
     assert caught(lambda: moe(x)) == []
 
 
-def test_top_1_normalized_warns() -> None:
-    top_1 = replace(CONFIG, top_k=1)
-    assert caught(lambda: MoE(D, top_1)) == [TOP_1]
-    assert caught(lambda: MoE(D, replace(top_1, normalize_topk=False))) == []
+@pytest.mark.parametrize("router", UNLESS_TOP_1)
+def test_a_weight_that_is_always_1_warns(router: str) -> None:
+    top_1 = replace(CONFIG, top_k=1, router=router)
+    assert caught(lambda: MoE(D, top_1)) == [TOP_1.format(router, UNLESS_TOP_1[router])]
+    assert caught(lambda: MoE(D, replace(top_1, top_k=2))) == []
     assert caught(lambda: MoE(D, replace(top_1, num_experts=1))) == []
-    assert caught(lambda: MoE(D, CONFIG)) == []
+    without = caught(lambda: MoE(D, replace(top_1, normalize_topk=False)))
+    assert len(without) == (router == "noisy_topk")  # whose softmax over the selected divides by the sum
 
 
-def test_top_1_normalized_gives_the_router_no_gradient() -> None:
+@pytest.mark.parametrize("router", ["switch", "hash", "random", "expert_choice"])
+def test_top_1_is_all_right_elsewhere(router: str) -> None:
+    assert caught(lambda: MoE(D, replace(CONFIG, top_k=1, router=router, capacity_factor=1.0))) == []
+
+
+@pytest.mark.parametrize("router", UNLESS_TOP_1)
+def test_a_weight_that_is_always_1_gives_the_router_no_gradient(router: str) -> None:
     """What the warning says is true."""
-    moe = make(replace(CONFIG, top_k=1))
+    moe = make(replace(CONFIG, top_k=1, router=router))
     moe(torch.randn(5, D)).square().sum().backward()
     assert_close(cast(Tensor, moe.router.weight).grad, torch.zeros(4, D), rtol=0, atol=1e-6)
+    other = make(replace(CONFIG, top_k=1, router="switch"))
+    other(torch.randn(5, D)).square().sum().backward()
+    assert float(cast(Tensor, other.router.weight.grad).abs().max()) > 1e-3
 
 
 @pytest.mark.parametrize("hidden_size", [0, -8])
@@ -274,7 +290,14 @@ def test_a_wrong_width_is_refused(hidden_size: int) -> None:
     ("changes", "message"),
     [
         ({"dispatcher": "fancy"}, "dispatcher='fancy': unknown. Known: allgather, alltoall, auto, local."),
-        ({"router": "fancy"}, "router='fancy': unknown. Known: topk."),
+        (
+            {"router": "fancy"},
+            (
+                "router='fancy': unknown. Known: expert_choice, group_limited, gshard, hash, noisy_topk, random, "
+                "sinkhorn, switch, topk. One of your own has to be registered before the model is built, by "
+                "lightning_moe.nn.register_router."
+            ),
+        ),
     ],
 )
 def test_unknown_names_are_refused(changes: dict[str, Any], message: str) -> None:
@@ -336,7 +359,7 @@ def test_sharding_for_another_size_is_refused() -> None:
 def test_repr() -> None:
     assert repr(make(replace(CONFIG, num_shared_experts=1))) == (
         "MoE(\n"
-        "  top_k=2, dispatcher=LocalDispatcher\n"
+        "  router=topk, top_k=2, dispatcher=LocalDispatcher\n"
         "  (router): TopKRouter()\n"
         "  (experts): GroupedExperts(experts 0-3 of 4, activation=swiglu)\n"
         "  (shared_mlp): SharedMLP(\n"

@@ -13,14 +13,14 @@ from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
 from lightning_moe import MoE, MoEConfig
-from lightning_moe.nn import RoutingStats
+from lightning_moe.nn import LossWeights, RoutingStats, Tokens
 from lightning_moe.testing.reference import ReferenceMoE
 
 pytestmark = pytest.mark.filterwarnings("ignore:MoE layers are trained with no AuxLossCallback")
 
 D, T = 8, 11
 CONFIG = MoEConfig(num_experts=4, top_k=2, intermediate_size=12)
-WEIGHTS = (0.3, 0.07)
+WEIGHTS = LossWeights(0.3, 0.07)
 
 
 def make(config: MoEConfig = CONFIG) -> MoE:
@@ -75,7 +75,7 @@ def test_the_losses_matter_to_the_gradient_above() -> None:
     """Each of the two weights moves the router's gradient by far more than the tolerance."""
     x = torch.randn(T, D)
     grads = []
-    for weights in ((0.0, 0.0), (WEIGHTS[0], 0.0), (0.0, WEIGHTS[1])):
+    for weights in (LossWeights(), LossWeights(WEIGHTS[0]), LossWeights(router_z=WEIGHTS[1])):
         moe = make()
         moe.tap.loss_weights = weights
         moe(x).square().sum().backward()
@@ -100,23 +100,31 @@ def test_values_stay_as_they_are() -> None:
     untapped.tap.loss_weights = None
     assert not untapped.tap.in_use
     assert torch.equal(tapped(x), untapped(x))
-    routing = tapped.router(x)
-    assert torch.equal(tapped.tap(routing).topk_scores_TK, routing.topk_scores_TK)
+    y = torch.randn(T, D, requires_grad=True)
+    assert torch.equal(tap(tapped, x, y), y)
+
+
+def tap(moe: MoE, x: Tensor, y: Tensor) -> Tensor:
+    tokens = Tokens(x.shape[:-1], training=True)
+    chosen = moe.router(x, tokens)
+    return moe.tap(y, chosen, moe.place(chosen, tokens)[0], tokens)
 
 
 def test_unused_it_returns_what_it_got() -> None:
     moe = make()
     moe.tap.loss_weights = None
-    routing = moe.router(torch.randn(T, D))
-    assert moe.tap(routing) is routing
+    x, y = torch.randn(T, D), torch.randn(T, D, requires_grad=True)
+    assert tap(moe, x, y) is y
     moe.tap.observers.append(lambda stats: None)
     assert moe.tap.in_use
-    assert moe.tap(routing) is not routing
+    assert tap(moe, x, y) is not y
+    without_graph = y.detach()
+    assert tap(moe, x, without_graph) is without_graph
 
 
 @recomputes
 @pytest.mark.parametrize("loss_weights", [None, WEIGHTS])
-def test_observers_see_every_micro_batch_once(recompute: str | None, loss_weights: tuple[float, float] | None) -> None:
+def test_observers_see_every_micro_batch_once(recompute: str | None, loss_weights: LossWeights | None) -> None:
     moe = make()
     moe.tap.loss_weights = loss_weights
     seen: list[RoutingStats] = []

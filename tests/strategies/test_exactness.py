@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from lightning_moe import AuxLossCallback, ExpertParallelStrategy
-from tests.toy import BATCH, CONFIG, Toy, ToyData, Trained, loader, train_reference
+from lightning_moe import AuxLossCallback, ExpertBiasUpdate, ExpertParallelStrategy, MoEConfig
+from tests.toy import BATCH, CONFIG, Toy, ToyData, Trained, first_batches, loader, train_reference
 
 LAYOUTS = [(2, 1), (2, 2), (4, 2), (4, 4)]
 STEPS = 3
@@ -31,6 +31,13 @@ class Case:
     clip: float | None = None
     lazy: bool = False
     precision: Any = "32-true"
+    moe: MoEConfig = CONFIG
+    bias_rate: float = 0.0
+
+    @property
+    def config(self) -> MoEConfig:
+        """That of the layers, as far as the reference is concerned."""
+        return self.moe if self.capacity_factor is None else replace(self.moe, capacity_factor=self.capacity_factor)
 
     def __str__(self) -> str:
         return (
@@ -68,8 +75,10 @@ def fit(case: Case, aux: tuple[float, float] = (0.0, 0.0), steps: int = STEPS, s
     """Trains on this rank; every rank sees other rows."""
     from lightning_moe.testing.state import full_state
 
-    config = replace(CONFIG, dispatcher=case.dispatcher, capacity_factor=case.capacity_factor)
-    model = Toy(config, lazy=case.lazy, **toy)
+    model = Toy(replace(case.config, dispatcher=case.dispatcher), lazy=case.lazy, **toy)
+    callbacks: list[L.Callback] = [AuxLossCallback(*aux)]
+    if case.bias_rate:
+        callbacks.append(ExpertBiasUpdate(case.bias_rate))
     trainer = L.Trainer(
         accelerator="cpu",
         devices=case.world,
@@ -78,7 +87,7 @@ def fit(case: Case, aux: tuple[float, float] = (0.0, 0.0), steps: int = STEPS, s
         accumulate_grad_batches=case.accumulate,
         gradient_clip_val=case.clip,
         precision=case.precision,
-        callbacks=[AuxLossCallback(*aux)],
+        callbacks=callbacks,
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
@@ -88,8 +97,9 @@ def fit(case: Case, aux: tuple[float, float] = (0.0, 0.0), steps: int = STEPS, s
     trainer.fit(model, loader(data, case.world, torch.distributed.get_rank()))
     state = full_state(trainer)
     model.eval()
+    batch = first_batches(data, case.world).chunk(case.world)[torch.distributed.get_rank()]
     with torch.no_grad():
-        output = trainer.strategy.model(data.x[:BATCH].to(next(model.parameters()).dtype)).float()
+        output = trainer.strategy.model(batch.to(next(model.parameters()).dtype)).float()
     return Trained(state, model.grad_norms, output)
 
 
@@ -97,7 +107,13 @@ def dataset(case: Case, steps: int = STEPS, size: int = 0) -> ToyData:
     return ToyData(size or case.world * BATCH * steps * case.accumulate)
 
 
-def assert_same(trained: Trained, reference: Trained, rtol: float = 1e-5, atol: float = 1e-6) -> None:
+def assert_same(results: list[Trained], reference: Trained, rtol: float = 1e-5, atol: float = 1e-6) -> None:
+    """Weights and norms are the same on every rank, outputs those of its own batch."""
+    for trained, output in zip(results, reference.output.chunk(len(results)), strict=True):
+        _assert_same(trained, replace(reference, output=output), rtol, atol)
+
+
+def _assert_same(trained: Trained, reference: Trained, rtol: float, atol: float) -> None:
     assert_close(torch.tensor(trained.grad_norms), torch.tensor(reference.grad_norms), rtol=rtol, atol=atol)
     assert trained.state.keys() == reference.state.keys()
     for name, expected in reference.state.items():
@@ -107,11 +123,14 @@ def assert_same(trained: Trained, reference: Trained, rtol: float = 1e-5, atol: 
 
 def check(case: Case, get_pool: Any, aux: tuple[float, float] = (0.0, 0.0), **toy: Any) -> None:
     results = get_pool(case.world).run(fit, case, aux, **toy)
-    config = replace(CONFIG, capacity_factor=case.capacity_factor)
     toy.pop("recompute", None)
-    reference = train_reference(Toy(config, **toy), dataset(case), case.world, STEPS, case.accumulate, case.clip, *aux)
-    for trained in results:  # the same on every rank
-        assert_same(trained, reference)
+    model = Toy(case.config, **toy)
+    assert_same(
+        results,
+        train_reference(
+            model, dataset(case), case.world, STEPS, case.accumulate, case.clip, *aux, bias_rate=case.bias_rate
+        ),
+    )
 
 
 @pytest.mark.parametrize("case", pairwise(FULL_GRID), ids=str)
