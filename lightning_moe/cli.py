@@ -72,7 +72,7 @@ class MoECLI(LightningCLI):
             super().instantiate_classes()
         except (ValueError, MisconfigurationException) as error:
             # What a setting's own check says, out of the list of types and values that jsonargparse puts around it.
-            found = [said for said in re.findall(r"^  - (.+)$", str(error), re.M) if not said.startswith("Expected a ")]
+            found = [said for said in re.findall(r"^  - (.+)$", str(error), re.M) if not said.startswith(_NOISE)]
             self.parser.error("\n".join(found) or str(error))
 
     def after_fit(self) -> None:
@@ -105,6 +105,7 @@ def _nulls_as_configs(args: Sequence[str]) -> list[str]:
     return said
 
 
+_NOISE = ("Expected a ", "Not a valid subclass of ")
 _BELOW_A_CLASS = r"--((?:model|data)(?:\.\w+){2,})"
 
 

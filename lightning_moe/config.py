@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
-from typing import Literal, get_args
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal, get_args
 
 Activation = Literal["swiglu", "gelu", "relu"]
 ScoreFunction = Literal["softmax", "sigmoid"]
@@ -92,20 +92,28 @@ class MoEConfig:
 
     def __post_init__(self) -> None:
         self._check_not_ignored()
-        for name, own in _OWN_DEFAULTS.items():
-            if getattr(self, name) is None:
-                object.__setattr__(self, name, own.get(self.router, own[""]))
         self._check_types()
         self._check_ranges()
         self._check_router()
         self._check_combinations()
 
+    def resolved(self) -> MoEConfig:
+        """The same with the router's own values in place of the ``None`` that stands for them."""
+        own: dict[str, Any] = {
+            name: by_router.get(self.router, by_router[""])
+            for name, by_router in _OWN_DEFAULTS.items()
+            if getattr(self, name) is None
+        }
+        return replace(self, **own) if own else self
+
     def _check_not_ignored(self) -> None:
+        if not isinstance(self.router, str):
+            raise ValueError(f"router={self.router!r}: must be a name. Known: {', '.join(BUILT_IN_ROUTERS)}.")
         if self.router not in BUILT_IN_ROUTERS:
             return
         for name, routers in _READ_BY.items():
             value, default = getattr(self, name), _DEFAULTS[name]
-            own = _OWN_DEFAULTS.get(name, {"": default})  # as dataclasses.replace() hands it on
+            own = _OWN_DEFAULTS.get(name, {"": default})
             if value not in (default, own.get(self.router, own[""])) and self.router not in routers:
                 raise ValueError(
                     f"{name}={value!r}: router={self.router!r} does not read it. Leave it out, or use router="
@@ -116,8 +124,16 @@ class MoEConfig:
         whole = ("num_experts", "top_k", "intermediate_size", "min_capacity", "num_shared_experts")
         for name in (*whole, "num_groups", "topk_groups", "sinkhorn_iterations"):
             value = getattr(self, name)
-            if not isinstance(value, int) and not (name == "intermediate_size" and value is None):
+            if not _is_a(int, value) and not (name == "intermediate_size" and value is None):
                 raise ValueError(f"{name}={value!r}: must be a whole number. Write it without a point or quotes.")
+        for name in ("capacity_factor", "eval_capacity_factor", "route_scale", "jitter", "sinkhorn_tolerance"):
+            value = getattr(self, name)
+            if not _is_a((int, float), value) and not (_DEFAULTS[name] is None and value is None):
+                raise ValueError(f"{name}={value!r}: must be a number. Write it without quotes.")
+        for name, default in _DEFAULTS.items():
+            value, is_flag = getattr(self, name), isinstance(default, bool) or name == "expert_bias"
+            if is_flag and not isinstance(value, bool) and value is not default:
+                raise ValueError(f"{name}={value!r}: must be true or false. Write it without quotes.")
         for name, known in (
             ("activation", Activation),
             ("score_function", ScoreFunction),
@@ -125,7 +141,7 @@ class MoEConfig:
             ("drop_priority", DropPriority),
             ("router_dtype", RouterDtype),
         ):
-            if (value := getattr(self, name)) not in get_args(known):
+            if (value := getattr(self, name)) not in get_args(known) and value is not _DEFAULTS[name]:
                 raise ValueError(f"{name}={value!r}: unknown. Known: {', '.join(get_args(known))}.")
 
     def _check_ranges(self) -> None:
@@ -153,8 +169,7 @@ class MoEConfig:
             )
         if not (self.route_scale > 0 and math.isfinite(self.route_scale)):
             raise ValueError(f"route_scale={self.route_scale}: must be a finite number above 0. Use 1 for no scaling.")
-        assert self.jitter is not None
-        if not 0 <= self.jitter < 1:
+        if self.jitter is not None and not 0 <= self.jitter < 1:
             raise ValueError(f"jitter={self.jitter}: must be at least 0 and below 1. Use 0.01, or 0 for none.")
         if not (self.sinkhorn_tolerance > 0 and math.isfinite(self.sinkhorn_tolerance)):
             raise ValueError(
@@ -198,8 +213,8 @@ class MoEConfig:
         within_reach = self.topk_groups * self.num_experts // self.num_groups
         if self.top_k > within_reach:
             raise ValueError(
-                f"top_k={self.top_k}: the topk_groups={self.topk_groups} groups that a token may use have "
-                f"{within_reach} experts together. Lower top_k or raise topk_groups."
+                f"top_k={self.top_k}: must be at most {within_reach}, the experts in the topk_groups="
+                f"{self.topk_groups} groups that a token may use. Lower top_k or raise topk_groups."
             )
 
     def _check_combinations(self) -> None:
@@ -259,5 +274,10 @@ _READ_BY = {
     "sinkhorn_iterations": ("sinkhorn",),
 }
 """Which built-in routers read a setting that not all of them do."""
+
+
+def _is_a(kind: type | tuple[type, ...], value: object) -> bool:
+    return isinstance(value, kind) and not isinstance(value, bool)
+
 
 _DEFAULTS = {field.name: field.default for field in fields(MoEConfig)}

@@ -175,6 +175,7 @@ ON_THE_COMMAND_LINE: list[tuple[list[str], dict[str, Any]]] = [
     (["--model.moe.dispatcher=allgather"], {MOE + "dispatcher": "allgather"}),
     (["--aux_loss.load_balancing=0.5"], {"aux_loss.load_balancing": 0.5, "aux_loss.warmup_steps": 0}),
     (["--aux_loss.router_z=0.25"], {"aux_loss.router_z": 0.25}),
+    (["--model.experts_by_layer=[4,8]"], {"model.init_args.experts_by_layer": [4, 8]}),
 ]
 
 

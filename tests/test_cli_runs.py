@@ -123,6 +123,31 @@ def test_keys_reach_the_run(text: str, quick: list[str], get_pool: Any, tmp_path
         )
 
 
+def test_settings_of_layers_and_losses_reach_the_run(
+    text: str, quick: list[str], get_pool: Any, tmp_path: Path
+) -> None:
+    keys = [
+        "--model.experts_by_layer=[4,16]",
+        "--model.moe.expert_bias=true",
+        "--model.moe.score_function=sigmoid",
+        "--model.moe.route_scale=2",
+        "--model.moe.capacity_factor=1.25",
+        "--model.moe.overflow=next_expert",
+        "--aux_loss.load_balancing=0.01",
+        "--aux_loss.scope=sequence",
+        "--aux_loss.decay=cosine",
+        "--trainer.callbacks+=lightning_moe.ExpertBiasUpdate",
+        "--trainer.callbacks.rate=0.01",
+        "--trainer.callbacks+=lightning_moe.TopKSchedule",
+        "--trainer.callbacks.top_k={1: 3}",
+    ]
+    for ran in get_pool(2).run(run_cli, str(tmp_path), ["fit", *quick, *keys, *SHORT, f"--data.path={text}"]):
+        assert (ran.steps, ran.moe["num_experts"], ran.moe["top_k"]) == (2, 4, 3)  # of the first layer
+        assert (ran.moe["expert_bias"], ran.moe["score_function"], ran.moe["route_scale"]) == (True, "sigmoid", 2.0)
+        assert starts_at_chance(ran)
+        assert ran.metrics["moe/rerouted_fraction"] > 0
+
+
 @pytest.mark.parametrize(
     ("name", "expected"),
     [("auto", "AllGatherDispatcher"), ("allgather", "AllGatherDispatcher"), ("alltoall", "AllToAllDispatcher")],
@@ -204,7 +229,7 @@ def test_quickstart_writes_and_says_where(quickstart: Quickstart) -> None:
     with (in_csv / "metrics.csv").open() as file:
         rows = list(csv.DictReader(file))
     expected = {"train_loss", "val_loss", "moe/load_balancing_loss", "moe/router_z_loss", "moe/aux_loss"}
-    expected |= {"moe/load_imbalance", "moe/dropped_fraction", "lr-AdamW/pg1", "step"}
+    expected |= {"moe/load_imbalance", "moe/dropped_fraction", "moe/rerouted_fraction", "lr-AdamW/pg1", "step"}
     assert expected <= set(rows[0])
     for name in expected:
         assert any(math.isfinite(float(row[name] or "nan")) for row in rows), name

@@ -143,14 +143,14 @@ def test_a_wrong_field_is_refused(fields: dict[str, Any], message: str) -> None:
         (
             {"router": "group_limited", "num_groups": 4, "topk_groups": 2, "top_k": 7},
             (
-                "top_k=7: the topk_groups=2 groups that a token may use have 6 experts together. Lower top_k or raise "
+                "top_k=7: must be at most 6, the experts in the topk_groups=2 groups that a token may use. Lower top_k or raise "
                 "topk_groups."
             ),
         ),
         (
             {"router": "group_limited", "num_groups": 12, "topk_groups": 1, "top_k": 2},
             (
-                "top_k=2: the topk_groups=1 groups that a token may use have 1 experts together. Lower top_k or raise "
+                "top_k=2: must be at most 1, the experts in the topk_groups=1 groups that a token may use. Lower top_k or raise "
                 "topk_groups."
             ),
         ),
@@ -242,11 +242,19 @@ def test_what_the_router_does_not_read_is_refused(router: str, name: str) -> Non
 
 @every_router
 def test_none_is_the_routers_own_default(router: str) -> None:
-    for config in (make(router), make(router, score_function=None, expert_bias=None, jitter=None)):
-        assert (config.score_function, config.expert_bias, config.jitter) == ROUTERS[router][1]
+    config = make(router)
+    assert (config.score_function, config.expert_bias, config.jitter) == (None, None, None)
+    resolved = config.resolved()
+    assert (resolved.score_function, resolved.expert_bias, resolved.jitter) == ROUTERS[router][1]
+    assert resolved.resolved() is resolved
     score_function, expert_bias, jitter = ROUTERS[router][1]
-    said = make(router, score_function=score_function, expert_bias=expert_bias, jitter=jitter)
-    assert said == make(router)
+    assert make(router, score_function=score_function, expert_bias=expert_bias, jitter=jitter) == resolved
+
+
+def test_another_router_brings_its_own_defaults() -> None:
+    changed = dataclasses.replace(make("switch"), router="group_limited", num_groups=4, topk_groups=2).resolved()
+    assert (changed.score_function, changed.expert_bias, changed.jitter) == ROUTERS["group_limited"][1]
+    assert dataclasses.replace(make("group_limited"), router="topk", num_groups=1, topk_groups=1).resolved().jitter == 0
 
 
 def test_what_somebody_set_is_no_default() -> None:
@@ -328,7 +336,7 @@ def test_the_defaults_are_those_of_the_design() -> None:
         "intermediate_size": None,
         "activation": "swiglu",
         "router": "topk",
-        "score_function": "softmax",
+        "score_function": None,  # softmax, as resolved below
         "normalize_topk": True,
         "capacity_factor": None,
         "eval_capacity_factor": None,
@@ -339,9 +347,9 @@ def test_the_defaults_are_those_of_the_design() -> None:
         "num_shared_experts": 0,
         "score_before_topk": True,
         "route_scale": 1.0,
-        "expert_bias": False,
+        "expert_bias": None,
         "router_dtype": "float32",
-        "jitter": 0.0,
+        "jitter": None,
         "num_groups": 1,
         "topk_groups": 1,
         "sinkhorn_tolerance": 1e-3,

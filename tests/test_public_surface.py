@@ -6,6 +6,7 @@ import difflib
 import importlib
 import os
 import pkgutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,16 @@ import pytest
 import lightning_moe
 from lightning_moe import AuxLossCallback, ExpertLoadMonitor, ExpertParallelStrategy
 from tests.test_cli import flat, printed
-from tests.toy import Toy, ToyData, loader
+from tests.toy import CONFIG, Toy, ToyData, loader
 
 SNAPSHOT = Path(__file__).parent / "public_surface.txt"
-KEYS = ("model.moe.", "aux_loss.", "trainer.strategy.expert_parallel_size", "trainer.strategy.stage")
+KEYS = (
+    "model.moe.",
+    "model.experts_by_layer",
+    "aux_loss.",
+    "trainer.strategy.expert_parallel_size",
+    "trainer.strategy.stage",
+)
 
 
 def public_names() -> list[str]:
@@ -44,7 +51,7 @@ def logged_names() -> list[str]:
         accelerator="cpu",
         devices=2,
         strategy=ExpertParallelStrategy(2),
-        callbacks=[AuxLossCallback(0.01, 0.001), ExpertLoadMonitor()],
+        callbacks=[AuxLossCallback(0.01, 0.001, importance=0.01, load=0.01), ExpertLoadMonitor()],
         max_steps=2,
         log_every_n_steps=1,
         logger=False,
@@ -52,7 +59,7 @@ def logged_names() -> list[str]:
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    trainer.fit(Toy(), loader(ToyData(32), 2, trainer.global_rank))
+    trainer.fit(Toy(replace(CONFIG, router="noisy_topk")), loader(ToyData(32), 2, trainer.global_rank))
     return sorted(set(trainer.callback_metrics) - {"train_loss", "val_loss"})
 
 

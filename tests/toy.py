@@ -176,7 +176,7 @@ def train_reference(
             rows = [i * world_size + rank for rank in range(world_size) for i in range(first, first + BATCH)]
             loss = nn.functional.mse_loss(twin(data.x[rows].to(dtype)), data.y[rows].to(dtype))
             for layer, load_E in zip(layers, loads, strict=True):
-                load_E += layer.tokens_per_expert_E
+                load_E.add_(layer.tokens_per_expert_E)
                 loss = loss + load_balancing / len(layers) * layer.losses["load_balancing"]
                 loss = loss + router_z / len(layers) * layer.losses["router_z"]
             (loss / accumulate).backward()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import lightning as L
 import torch
@@ -17,6 +18,8 @@ from lightning_moe.nn import MoE
 class RoutingCallback(L.Callback):
     """Base of the callbacks that listen to the MoE layers while a model is fitted.
 
+    Subclasses say what they do when they begin and cease to listen, and after each optimizer step.
+
     Attributes:
         layers: The MoE layers, in the order of the model's modules; empty outside of ``fit``.
 
@@ -26,6 +29,7 @@ class RoutingCallback(L.Callback):
 
     def __init__(self) -> None:
         self.layers: list[MoE] = []
+        self._steps_seen = 0
 
     def attach(self, pl_module: L.LightningModule) -> None:
         """Begins to listen to ``self.layers``."""
@@ -34,6 +38,22 @@ class RoutingCallback(L.Callback):
     def detach(self) -> None:
         """Leaves ``self.layers`` as they were."""
         raise NotImplementedError
+
+    def after_step(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Called on every rank when the batch that has just ended also ended an optimizer step."""
+
+    @override
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._steps_seen = trainer.global_step  # not before: a resumed run gets its own only now
+
+    @override
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        # By the count of steps, so that it is right whoever steps: the loop, or the user's own training_step.
+        if trainer.global_step != self._steps_seen:
+            self._steps_seen = trainer.global_step
+            self.after_step(trainer, pl_module)
 
     @override
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -88,15 +108,10 @@ def moe_layers(module: L.LightningModule) -> list[MoE]:
     return [part for part in module.modules() if isinstance(part, MoE)]
 
 
-def has_stepped(trainer: L.Trainer) -> bool:
-    """Whether the batch that has just ended also ended an optimizer step; the same on every rank."""
-    return not trainer.fit_loop._should_accumulate() if trainer.lightning_module.automatic_optimization else True
-
-
 def is_logging_step(trainer: L.Trainer) -> bool:
     """Whether the optimizer step that has just ended is one that the loggers get to see; the same on every rank."""
     steps: int = trainer.log_every_n_steps  # type: ignore[attr-defined]  # set by Trainer's logger connector
-    return has_stepped(trainer) and steps > 0 and trainer.global_step % steps == 0
+    return steps > 0 and trainer.global_step % steps == 0
 
 
 def sum_over_ranks(counts: Tensor) -> Tensor:

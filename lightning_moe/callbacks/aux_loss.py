@@ -13,7 +13,6 @@ from typing_extensions import override
 
 from lightning_moe.callbacks._layers import (
     RoutingCallback,
-    has_stepped,
     is_logging_step,
     mean_over_ranks,
     sum_over_ranks,
@@ -99,7 +98,7 @@ class AuxLossCallback(RoutingCallback):
         self.decay = decay
         self.decay_steps = decay_steps
         self.final_ratio = final_ratio
-        self._last_step: float = math.inf
+        self._last_step: float = math.inf if decay_steps is None else decay_steps
         self._sum_4: Tensor | None = None
         self._count = 0
 
@@ -116,6 +115,7 @@ class AuxLossCallback(RoutingCallback):
             layer.tap.loss_weights = LossWeights()
             layer.tap.scope = self.scope
             layer.tap.sum_over_ranks = sum_over_ranks
+            layer.tap.importance, layer.tap.load = self.importance > 0, self.load > 0
             layer.tap.begin_step()
             layer.tap.observers.append(self._observe)
 
@@ -126,17 +126,21 @@ class AuxLossCallback(RoutingCallback):
             layer.tap.loss_gradient = 1.0
             layer.tap.scope = "micro_batch"
             layer.tap.sum_over_ranks = None
+            layer.tap.importance = layer.tap.load = False
             layer.tap.begin_step()
             if self._observe in layer.tap.observers:
                 layer.tap.observers.remove(self._observe)
 
     @override
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._last_step = trainer.estimated_stepping_batches if self.decay_steps is None else self.decay_steps
-        if self.decay != "none" and math.isinf(self._last_step):
+        super().on_train_start(trainer, pl_module)
+        if self.decay == "none" or self.decay_steps is not None:
+            return
+        self._last_step = trainer.estimated_stepping_batches
+        if not 0 <= self._last_step < math.inf:  # -1 where the length of an epoch is not known
             raise MisconfigurationException(
-                f"decay={self.decay!r}: this run has no end for the weights to fall to. Set decay_steps, or the "
-                "Trainer's max_steps or max_epochs."
+                f"decay={self.decay!r}: the end of this run, to which the weights would fall, is not known. Set "
+                "decay_steps, or the Trainer's max_steps."
             )
 
     def weights(self, step: int) -> LossWeights:
@@ -178,12 +182,9 @@ class AuxLossCallback(RoutingCallback):
         self._count += 1
 
     @override
-    def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        if has_stepped(trainer):
-            for layer in self.layers:
-                layer.tap.begin_step()
+    def after_step(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        for layer in self.layers:
+            layer.tap.begin_step()
         if not is_logging_step(trainer):
             return
         # Every rank reduces, whether or not its layers ran: a rank that skips would hang the others.

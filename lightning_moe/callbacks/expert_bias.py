@@ -12,7 +12,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_moe.callbacks._layers import RoutingCallback, has_stepped, sum_over_ranks
+from lightning_moe.callbacks._layers import RoutingCallback, sum_over_ranks
 from lightning_moe.nn import MoE, RoutingStats
 
 
@@ -64,11 +64,7 @@ class ExpertBiasUpdate(RoutingCallback):
         self._loads = []
 
     @override
-    def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        if not has_stepped(trainer):
-            return
+    def after_step(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         loads = sum_over_ranks(torch.cat([load_E for _, load_E, _ in self._loads]))
         for (layer, local_E, _), load_E in zip(
             self._loads, loads.split([load_E.numel() for _, load_E, _ in self._loads]), strict=True

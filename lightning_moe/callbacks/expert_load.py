@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import lightning as L
 import torch
 from torch import Tensor
@@ -46,9 +44,7 @@ class ExpertLoadMonitor(RoutingCallback):
             layer.tap.observers.remove(counter)
 
     @override
-    def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def after_step(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if not is_logging_step(trainer):
             return
         local = torch.cat([counter.take() for counter in self._counters])

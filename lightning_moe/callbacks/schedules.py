@@ -119,3 +119,12 @@ class TopKSchedule(_Schedule):
 
     def __init__(self, top_k: dict[int, int]) -> None:
         super().__init__(top_k)
+
+    @override
+    def attach(self, pl_module: L.LightningModule) -> None:
+        super().attach(pl_module)
+        if any(layer.router.fits_capacity for layer in self.layers):
+            raise MisconfigurationException(
+                "TopKSchedule: router='expert_choice' does not read top_k. Use CapacitySchedule, whose factor is the "
+                "mean number of experts per token."
+            )

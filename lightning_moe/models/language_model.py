@@ -163,7 +163,8 @@ class MoELanguageModel(L.LightningModule):
         }
 
     def _scheduler(self, optimizer: Optimizer) -> LambdaLR:
-        num_steps = self.trainer.estimated_stepping_batches
+        estimated = self.trainer.estimated_stepping_batches
+        num_steps = estimated if estimated >= 0 else math.inf  # -1 where the length of an epoch is not known
         return LambdaLR(optimizer, lambda step: lr_factor(step, num_steps, self.warmup_steps, self.min_lr_ratio))
 
     def generate(
@@ -255,8 +256,8 @@ def _check_experts(moe: MoEConfig, num_moe_layers: int, experts_by_layer: list[i
         return
     if len(experts_by_layer) != num_moe_layers:
         raise ValueError(
-            f"experts_by_layer={experts_by_layer}: must have one number for each of the {num_moe_layers} MoE layers. Give "
-            "as many, or leave it out for moe.num_experts in every layer."
+            f"experts_by_layer={experts_by_layer}: must have one number for each of the {num_moe_layers} MoE layers. "
+            "Give as many, or leave it out for moe.num_experts in every layer."
         )
     for layer, num_experts in enumerate(experts_by_layer):
         try:

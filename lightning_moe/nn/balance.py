@@ -62,14 +62,14 @@ def tokens_per_expert(
 
 def balance_of(probs_GE: Tensor, counts_GE: Tensor) -> Tensor:
     """The load-balancing loss from its two factors, ``E * sum_i f_i * p_i``, as the mean over groups with tokens."""
-    return (balance_weights(counts_GE).to(probs_GE.dtype) * probs_GE).sum()
+    return (balance_weights(probs_GE.detach(), counts_GE) * probs_GE).sum()
 
 
-def balance_weights(counts_GE: Tensor) -> Tensor:
+def balance_weights(probs_GE: Tensor, counts_GE: Tensor) -> Tensor:
     """Gradient of the load-balancing loss with respect to p, [G, E]: ``E * f_i``, over the groups with tokens."""
-    totals_G1 = counts_GE.sum(1, keepdim=True)
-    share_GE = counts_GE / totals_G1.clamp(min=1)
-    return counts_GE.shape[1] * share_GE / (totals_G1 > 0).sum().clamp(min=1)
+    share_GE = counts_GE / counts_GE.sum(1, keepdim=True).clamp(min=1)
+    num_groups = (probs_GE.sum(1) > 0).sum().clamp(min=1)  # padding has no probabilities
+    return (counts_GE.shape[1] * share_GE / num_groups).to(probs_GE.dtype)
 
 
 def router_z_loss(logits_TE: Tensor, valid_T: Tensor | None = None) -> Tensor:

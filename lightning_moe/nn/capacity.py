@@ -32,8 +32,9 @@ def expert_capacity(
     >>> expert_capacity(num_tokens=10, num_experts=4, top_k=2, capacity_factor=1.25, min_capacity=4).item()
     7
     """
-    even_share = torch.as_tensor(num_tokens).double() * top_k / num_experts
-    return torch.ceil(capacity_factor * even_share).long().clamp(min=min_capacity)
+    rows = capacity_factor * torch.as_tensor(num_tokens).double() * top_k / num_experts
+    # 1.1 * 50 is a little above 55 in binary, and not 56.
+    return torch.ceil(rows * (1 - 1e-12)).long().clamp(min=min_capacity)
 
 
 def keep_within_capacity(

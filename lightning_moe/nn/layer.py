@@ -61,7 +61,7 @@ class MoE(nn.Module):
         if hidden_size < 1:
             raise ValueError(f"hidden_size={hidden_size}: must be at least 1. Use the width of the model.")
         self.hidden_size = hidden_size
-        self.config = config
+        self.config = config = config.resolved()
         self.groups = groups_in_scope()
         self.tap = RoutingTap()
         intermediate_size = config.intermediate_size or 4 * hidden_size
@@ -144,10 +144,12 @@ class MoE(nn.Module):
             )
         x_TD = x.reshape(-1, self.hidden_size)
         tokens = Tokens(x.shape[:-1], valid, token_ids, self.groups, self.training, x.device)
-        chosen: Routing = self.router(x_TD, tokens)
+        # No NaN of padding may come near the router's gradient.
+        routed_TD = x_TD if tokens.valid_T is None else x_TD.masked_fill(~tokens.valid_T.unsqueeze(1), 0)
+        chosen: Routing = self.router(routed_TD, tokens)
         routing, shape = self.place(chosen, tokens)
         state = self.dispatcher.dispatch(
-            x_TD, routing.topk_ids_TK, routing.topk_scores_TK.float(), routing.kept_TK, shape
+            routed_TD, routing.topk_ids_TK, routing.topk_scores_TK.float(), routing.kept_TK, shape
         )
         y_RD = self.experts(state.x_RD, state.tokens_per_expert_L)
         y_TD = self.dispatcher.combine(y_RD, state)

@@ -73,6 +73,8 @@ class RoutingTap:
         scope: Over what the shares f_i of the load-balancing loss are taken: the micro-batch of this rank, each of
             its sequences, or all ranks' micro-batches since :meth:`begin_step`.
         sum_over_ranks: How counts are summed over the ranks that have other data, for ``global_batch``.
+        importance: Whether the importance loss is taken, too.
+        load: Whether the load loss is taken, too.
         balanced: Whether the load is kept even by something else than a loss.
         observers: Called in backward with the :class:`RoutingStats` of each micro-batch.
     """
@@ -82,6 +84,8 @@ class RoutingTap:
         self.loss_gradient: Tensor | float = 1.0
         self.scope: Scope = "micro_batch"
         self.sum_over_ranks: Callable[[Tensor], Tensor] | None = None
+        self.importance = False
+        self.load = False
         self.balanced = False
         self.observers: list[Callable[[RoutingStats], None]] = []
         self._counts_of_step: Tensor | int = 0
@@ -106,7 +110,7 @@ class RoutingTap:
         """
         if not (self.in_use and y_TD.requires_grad):
             return y_TD
-        weights = self.loss_weights or LossWeights()
+        # Nothing here may depend on the weights: those of this micro-batch come after its forward.
         length = tokens.sequence_length if self.scope == "sequence" else None
         probs_TE = chosen.scores_TE if chosen.probs_TE is None else chosen.probs_TE
         probs_GE = mean_probabilities(probs_TE, tokens.valid_T, length)
@@ -117,9 +121,9 @@ class RoutingTap:
                 importance_loss(chosen.topk_scores_TK, chosen.topk_ids_TK, chosen.num_experts, chosen.assigned_TK).to(
                     zero.dtype
                 )
-                if weights.importance
+                if self.importance
                 else zero,
-                load_loss(chosen.load_TE, tokens.valid_T) if weights.load and chosen.load_TE is not None else zero,
+                load_loss(chosen.load_TE, tokens.valid_T) if self.load and chosen.load_TE is not None else zero,
             ]
         )
         counts_GE = tokens_per_expert(chosen.topk_ids_TK, chosen.num_experts, chosen.assigned_TK, length)
@@ -174,7 +178,7 @@ class _Tie(torch.autograd.Function):
         weights_4 = torch.tensor(weights, dtype=torch.float32, device=grad_TD.device) * tap.loss_gradient
         return (
             grad_TD,
-            (weights_4[0] * balance_weights(counts_GE)).to(probs_GE.dtype),
+            weights_4[0].to(probs_GE.dtype) * balance_weights(probs_GE, counts_GE),
             weights_4[1:].to(probs_GE.dtype),
             None,
             None,

@@ -90,7 +90,8 @@ class Tokens:
         # As DistributedSampler deals a batch out: sequence b of rank r is b * ranks + r of the global batch.
         sequence_T = index_T // max(in_sequence, 1) * self.groups.data_size + self.groups.data_rank
         position_T = index_T % max(in_sequence, 1)
-        return hashed_uniform(self.key + stream * _GOLDEN, [sequence_T, position_T], width)
+        stream_T = torch.full_like(index_T, stream)  # an index of its own: added to the key it would shift the others
+        return hashed_uniform(self.key, [stream_T, sequence_T, position_T], width)
 
     def gumbel(self, width: int, stream: int) -> Tensor:
         """Standard Gumbel random numbers, [T, Z]: ``argmax(logits + gumbel)`` samples from ``softmax(logits)``."""
@@ -112,7 +113,7 @@ def hashed_uniform(key: int, indices: list[Tensor], width: int) -> Tensor:
         width: Z.
 
     Returns:
-        [T, Z], fp32, multiples of 2^-23 plus 2^-24, so that every device and dtype holds them exactly.
+        [T, Z], fp32, multiples of 2^-23 plus 2^-24, so that every device holds them exactly.
 
     >>> hashed_uniform(7, [torch.tensor([3, 4])], width=2)
     tensor([[0.6828, 0.2315],

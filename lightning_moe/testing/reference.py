@@ -12,6 +12,7 @@ from __future__ import annotations
 import copy
 import math
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any
 
 import torch
@@ -172,8 +173,8 @@ class ReferenceMoE(nn.Module):
         factor = config.capacity_factor if self.training else config.eval_capacity_factor
         if factor is None or config.router == "expert_choice":
             return routes
-        even_share = len(share.valid) * config.top_k / config.num_experts
-        capacity = max(config.min_capacity, math.ceil(factor * even_share))
+        rows = Fraction(str(factor)) * len(share.valid) * config.top_k / config.num_experts  # no binary rounding
+        capacity = max(config.min_capacity, math.ceil(rows))
         if config.drop_priority == "score":
             priority = [[weight.item() for _, weight in route] for route in routes]
         elif config.drop_priority == "position":

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from fractions import Fraction
 
 import torch
 from torch import Tensor
@@ -28,12 +29,15 @@ Route = list[tuple[int, Tensor]]
 class ReferenceRoutes:
     """What a router chose.
 
-    Attributes:
-        routes: Of every token; empty for padding.
+    Args:
+        selected: Experts of every token, the best first; none for padding.
         preferences: Of every token, all experts in the order in which it wants them, for ``overflow="next_expert"``.
         probabilities_TE: Shares of the experts in the eyes of the load balancing loss; they add up to 1.
         weigh: Takes a token and any ids; returns the weights of those experts, were they the token's.
-        load_TE: Probabilities that a token still goes to an expert under another draw of its noise (``noisy_topk``).
+        load_TE: Probability of every expert to be selected under new noise, for ``noisy_topk``; else ``None``.
+
+    Attributes:
+        routes: ``selected`` with the weights.
     """
 
     routes: list[Route] = field(init=False)
@@ -68,6 +72,7 @@ def reference_routes(
     Raises:
         ValueError: the router is not built in, or something that it reads is missing.
     """
+    config = config.resolved()
     if tokens is None:
         tokens = Tokens(logits_TE.shape[:1])
     if config.router == "noisy_topk":
@@ -94,7 +99,7 @@ def reference_routes(
 
 def best_first(values: Sequence[float] | Tensor) -> list[int]:
     """Indices by falling value; the lower index first among equals."""
-    numbers = [float(value) for value in values]
+    numbers = values.tolist() if isinstance(values, Tensor) else list(values)
     return sorted(range(len(numbers)), key=lambda index: (-numbers[index], index))
 
 
@@ -158,10 +163,12 @@ def _topk(config: MoEConfig, logits_TE: Tensor, tokens: Tokens, bias_E: Tensor |
 def _group_limited(config: MoEConfig, logits_TE: Tensor, tokens: Tokens, bias_E: Tensor | None) -> ReferenceRoutes:
     """DeepSeek-V3: only the groups are open whose two best experts are worth most together."""
     choices = _choice_values(config, logits_TE, bias_E)
+    # Sums of logits would order the groups otherwise than sums of scores.
+    worths = choices if bias_E is not None else _scores(config, logits_TE.detach()).tolist()
     size = config.num_experts // config.num_groups
 
     def select(t: int) -> list[int]:
-        groups = [choices[t][g * size : (g + 1) * size] for g in range(config.num_groups)]
+        groups = [worths[t][g * size : (g + 1) * size] for g in range(config.num_groups)]
         worth = [sum(sorted(group, reverse=True)[:2]) for group in groups]
         is_open = best_first(worth)[: config.topk_groups]
         return [e for e in best_first(choices[t]) if e // size in is_open][: config.top_k]
@@ -176,6 +183,8 @@ def _sinkhorn(config: MoEConfig, logits_TE: Tensor, tokens: Tokens) -> Reference
     if not tokens.training:
         return _topk(config, logits_TE, tokens)
     valid = valid_tokens(tokens)
+    if len(valid) <= 1:  # to one token alone the plan gives every expert the same
+        return _topk(config, logits_TE, tokens)
     plan = dict(zip(valid, log_plan(config, [logits_TE[t].tolist() for t in valid]), strict=True))
     preferences = [best_first(plan.get(t, logits_TE[t].tolist())) for t in range(tokens.num_tokens)]
     selected = _unless_padding(tokens, lambda t: preferences[t][: config.top_k])
@@ -268,7 +277,7 @@ def _expert_choice(config: MoEConfig, logits_TE: Tensor, tokens: Tokens) -> Refe
     valid = valid_tokens(tokens)
     factor = config.capacity_factor if tokens.training else config.eval_capacity_factor or config.capacity_factor
     assert factor is not None
-    capacity = min(len(valid), max(1, math.ceil(factor * len(valid) / config.num_experts)))
+    capacity = min(len(valid), max(1, math.ceil(Fraction(str(factor)) * len(valid) / config.num_experts)))
     taken: list[set[int]] = [set() for _ in range(tokens.num_tokens)]
     for e in range(config.num_experts):
         order = best_first([scores_TE[t, e].item() for t in valid])

@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
 
 from lightning_moe import ExpertParallelStrategy, MoE
+from lightning_moe.nn.router import LearnedRouter
 from tests.toy import BATCH, Toy, ToyData
 
 
@@ -67,7 +68,8 @@ class Side(Toy):
     def build(self) -> None:
         super().build()
         for layer in layers_of(self):
-            layer.router.weight.data *= 10  # scores that differ enough for steps of the bias to be small
+            if isinstance(layer.router, LearnedRouter):
+                layer.router.weight.data *= 10  # scores that differ enough for steps of the bias to be small
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.inp(x)
@@ -84,15 +86,20 @@ class Side(Toy):
 
 
 class Manual(Side):
-    """Steps by itself, in every batch."""
+    """Steps by itself, in every ``accumulate``-th batch."""
 
     automatic_optimization = False
 
+    def __init__(self, *args: Any, accumulate: int = 1, **kwargs: Any) -> None:
+        self.accumulate = accumulate
+        super().__init__(*args, **kwargs)
+
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         optimizer = self.optimizers()
-        optimizer.zero_grad()
         self.manual_backward(self.loss(batch))
-        optimizer.step()
+        if (batch_idx + 1) % self.accumulate == 0:
+            optimizer.step()
+            optimizer.zero_grad()
 
 
 def uneven(rank: int, batches: int) -> ToyData:
@@ -133,5 +140,3 @@ def layers_of(module: nn.Module) -> list[MoE]:
 def start_weights(**options: Any) -> list[Tensor]:
     """The routers' weights before training, in float64."""
     return [layer.router.weight.detach().double() for layer in layers_of(Side(**options))]
-
-

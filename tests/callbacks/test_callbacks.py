@@ -8,31 +8,15 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from lightning.pytorch.loggers import Logger
+from torch import Tensor
 
 from lightning_moe import AuxLossCallback, ExpertLoadMonitor, ExpertParallelStrategy
+from lightning_moe.nn import Routing
 from lightning_moe.testing.reference import ReferenceMoE, reference_of
-from tests.strategies.test_training import rank
+from tests.callbacks.runs import Memory, in_order, quiet, rank
 from tests.toy import BATCH, CONFIG, Toy, ToyData, loader
 
 CAPACITY = replace(CONFIG, capacity_factor=0.75, min_capacity=1)
-
-
-class Memory(Logger):
-    """Keeps what is logged."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.metrics: list[dict[str, float]] = []
-
-    name = "memory"
-    version = 0
-
-    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
-        """Nothing to keep."""
-
-    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
-        self.metrics.append(dict(metrics))
 
 
 def logged(world: int, ep_size: int, accumulate: int, recompute: str | None, validate: bool) -> dict[str, float]:
@@ -59,7 +43,7 @@ def logged(world: int, ep_size: int, accumulate: int, recompute: str | None, val
     trainer.fit(model, loader(data, world, rank()), loader(ToyData(world * BATCH * 2, seed=5), world, rank()))
     if validate:
         trainer.predict(model, loader(data, world, rank()))
-    return {k: float(v) for metrics in memory.metrics for k, v in metrics.items() if k.startswith("moe/")}
+    return {name: value for metrics in memory.metrics for name, value in metrics.items()}
 
 
 def expected(world: int, accumulate: int) -> dict[str, float]:
@@ -87,6 +71,7 @@ def expected(world: int, accumulate: int) -> dict[str, float]:
         "moe/aux_loss": 0.5 * means["load_balancing"] + 0.25 * means["router_z"],
         "moe/load_imbalance": sum(float(count.max() / count.mean()) for count in counts) / len(counts),
         "moe/dropped_fraction": sum(dropped) / total / len(counts),
+        "moe/rerouted_fraction": 0.0,
     }
 
 
@@ -102,35 +87,74 @@ def test_every_token_is_counted_once(
     assert len(results) == world
 
 
-def single_process_weights(step: int) -> tuple[float, float]:
-    return AuxLossCallback(0.4, 0.2, warmup_steps=3).weights(step)
+# ----------------------------------------------------------------------- capacity, and padding
 
 
-def test_warmup() -> None:
-    assert [single_process_weights(step) for step in range(5)] == [
-        (0.1, 0.05), (0.2, 0.1), (pytest.approx(0.3), pytest.approx(0.15)), (0.4, 0.2), (0.4, 0.2)
-    ]  # fmt: skip
+class Padded(Toy):
+    """Takes the last positions of every sequence for padding."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        valid = real(x)
+        x = self.inp(x)
+        for block in self.blocks:
+            x = x + block(x, valid=valid)
+        return self.out(torch.tanh(x))
 
 
-def gradients(precision: Any, accumulate: int) -> dict[str, torch.Tensor]:
-    """What SGD at rate 1 moves in one step of a plain Trainer on one device."""
-    model = Toy(optimizer=torch.optim.SGD, learning_rate=1.0)
-    before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    trainer = L.Trainer(accelerator="cpu", devices=1, callbacks=[AuxLossCallback(0.5, 0.25)], max_steps=1, logger=False,
-                        accumulate_grad_batches=accumulate, enable_checkpointing=False, precision=precision,
-                        enable_progress_bar=False, enable_model_summary=False)  # fmt: skip
-    trainer.fit(model, loader(ToyData(BATCH * accumulate)))
-    return {name: p.detach() - before[name] for name, p in model.named_parameters()}
+def real(x_BSD: Tensor) -> Tensor:
+    """Two of three positions, in every other sequence one."""
+    valid_BS = torch.ones(x_BSD.shape[:2], dtype=torch.bool)
+    valid_BS[:, 2] = False
+    valid_BS[::2, 1] = False
+    return valid_BS
 
 
-@pytest.mark.parametrize("accumulate", [1, 3])
-def test_without_the_strategy(accumulate: int) -> None:
-    from tests.toy import train_reference
+def by_count(routings: list[tuple[Routing, Routing]], valid_T: Tensor) -> dict[str, float]:
+    """Load, dropped and rerouted share of single assignments of tokens that are no padding, per layer."""
+    imbalance, dropped, rerouted = [], [], []
+    for chosen, placed in routings:
+        count, lost, moved, total = [0] * 4, 0, 0, 0
+        for token in range(len(valid_T)):
+            if not valid_T[token]:
+                continue
+            for place in range(2):
+                count[int(chosen.topk_ids_TK[token, place])] += 1
+                total += 1
+                lost += placed.kept_TK is not None and not placed.kept_TK[token, place]
+                moved += bool(placed.topk_ids_TK[token, place] != chosen.topk_ids_TK[token, place])
+        imbalance.append(max(count) * 4 / total)
+        dropped.append(lost / total)
+        rerouted.append(moved / total)
+    names = ("moe/load_imbalance", "moe/dropped_fraction", "moe/rerouted_fraction")
+    return {name: sum(values) / 2 for name, values in zip(names, (imbalance, dropped, rerouted), strict=True)}
 
-    reference = train_reference(Toy(optimizer=torch.optim.SGD, learning_rate=1.0), ToyData(BATCH * accumulate), 1, 1,
-                                accumulate, None, 0.5, 0.25)  # fmt: skip
-    moved = gradients("32-true", accumulate)
-    for name, start in Toy().named_parameters():
-        torch.testing.assert_close(
-            moved[name], (reference.state[name] - start.detach()).float(), rtol=1e-4, atol=1e-6, msg=name
-        )
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize(
+    ("capacity_factor", "overflow", "happens"),
+    [(None, "drop", ()), (0.7, "drop", ("dropped",)), (1.5, "next_expert", ("rerouted",)),
+     (0.7, "next_expert", ("dropped", "rerouted"))],
+)  # fmt: skip
+def test_dropped_and_rerouted_fractions(
+    capacity_factor: float | None, overflow: Any, happens: tuple[str, ...], padded: bool
+) -> None:
+    config = replace(CONFIG, capacity_factor=capacity_factor, overflow=overflow, min_capacity=1)
+    memory, model, data = Memory(), (Padded if padded else Toy)(config), ToyData(BATCH)
+    seen: list[tuple[Routing, Routing]] = []
+    for block in model.blocks:
+        placing = block.place
+
+        def place(chosen: Routing, tokens: Any, placing: Any = placing) -> Any:
+            placed = placing(chosen, tokens)
+            seen.append((chosen, placed[0]))
+            return placed
+
+        block.place = place  # type: ignore[method-assign]
+    callbacks = [AuxLossCallback(0.0), ExpertLoadMonitor()]
+    quiet(callbacks=callbacks, max_steps=1, logger=memory, log_every_n_steps=1).fit(model, in_order(data))
+    valid_T = real(data.x).flatten() if padded else torch.ones(BATCH * 3, dtype=torch.bool)
+    expected = by_count(seen, valid_T)
+    (metrics,) = memory.metrics
+    assert {name: metrics[name] for name in expected} == pytest.approx(expected)
+    for name in ("dropped", "rerouted"):
+        assert (expected[f"moe/{name}_fraction"] > 0) == (name in happens), name

@@ -38,7 +38,10 @@ Mask = list[list[bool]]
         (5, 8, 2, 1.25, 1, 2),  # 1.5625
         (6, 3, 3, 1.0, 1, 6),  # all tokens at all experts
         (6, 3, 3, 2.0, 1, 12),  # more rows than could ever come
-        (1000, 10, 1, 1.1, 1, 111),  # 1.1 is a little more than it looks
+        (1000, 10, 1, 1.1, 1, 110),  # 1.1 is a little more in binary than it looks
+        (50, 4, 4, 1.1, 1, 55),
+        (1000, 10, 1, 1.101, 1, 111),
+        (10_000_000, 10, 1, 1.0000001, 1, 1_000_001),  # 0.1 of a row too many
         (12, 4, 1, 1 / 3, 1, 1),
         (13, 4, 1, 1 / 3, 1, 2),  # 1.083
         (100, 7, 2, 1.0, 4, 29),  # 28.57

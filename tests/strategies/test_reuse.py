@@ -59,8 +59,8 @@ def test_zero_3_does_not_change_the_size(get_pool: Any) -> None:
 class Doubled(MoE):
     """A user's own layer."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        return 2 * super().forward(x)
+    def forward(self, x: Tensor, *args: Any) -> Tensor:
+        return 2 * super().forward(x, *args)
 
 
 class DoubledToy(Toy):

@@ -47,7 +47,7 @@ def config_of(router: str, overflow: str, dense: int = 0) -> MoEConfig | None:
     if router == "expert_choice" and fields.get("overflow", "drop") != "drop":
         return None  # refused
     fields = {"score_function": None, "jitter": None, "expert_bias": None, **fields, **DENSE[dense]}
-    return replace(CONFIG, router=router.split("-")[0], **fields)
+    return replace(CONFIG, router=router.partition("-")[0], **fields)
 
 
 def cases() -> list[tuple[str, Case]]:

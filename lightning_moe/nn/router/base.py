@@ -27,7 +27,7 @@ class Routing(NamedTuple):
         topk_ids_TK: The selected experts, best first.
         kept_TK: False where an assignment has no row: dropped, or never made; ``None`` is nowhere.
         probs_TE: Scores that sum to 1 over the experts, for losses and metrics; ``None`` is ``scores_TE``.
-        choice_TE: What was selected by, the higher the better, without gradient; ``None`` is ``logits_TE``.
+        choice_TE: What was selected by, the higher the better; ``None`` is ``logits_TE``.
         assigned_TK: False where a place holds no assignment: the token is padding, or fewer than K experts chose it;
             ``None`` is nowhere.
         load_TE: Probability of every expert to be selected again under new noise, for the load loss of noisy gates.
@@ -57,9 +57,9 @@ class Router(nn.Module, ABC):
         config: Settings of the layer.
 
     Attributes:
-        config: As above; :meth:`lightning_moe.MoE.reconfigure` replaces it.
+        config: As above, resolved; :meth:`lightning_moe.MoE.reconfigure` replaces it.
         balances_itself: Whether the load is even, or out of anybody's hands, without a loss or a bias.
-        looks_ahead: Whether a token's experts depend on later tokens.
+        looks_ahead: Whether a token's experts depend on later tokens at evaluation, too.
         fits_capacity: Whether the choice itself keeps to the capacity.
         estimates_load: Whether ``Routing.load_TE`` is there in training.
     """
@@ -71,7 +71,7 @@ class Router(nn.Module, ABC):
 
     def __init__(self, hidden_size: int, config: MoEConfig) -> None:
         super().__init__()
-        self.config = config
+        self.config = config.resolved()
 
     @abstractmethod
     def forward(self, x_TD: Tensor, tokens: Tokens) -> Routing:
@@ -133,6 +133,11 @@ def best(choice_TE: Tensor, top_k: int) -> Tensor:
     return order_TE[:, :top_k].contiguous()
 
 
+def closed(choice: Tensor, where: Tensor) -> Tensor:
+    """``choice`` without gradient and with minus infinity ``where`` nothing may be chosen, below all that may."""
+    return choice.detach().clamp(min=torch.finfo(choice.dtype).min).masked_fill(where, float("-inf"))
+
+
 def assigned_to_valid(tokens: Tokens, topk_ids_TK: Tensor) -> Tensor | None:
     """``Routing.assigned_TK`` of a router that gives every token but padding its K experts."""
     return None if tokens.valid_T is None else tokens.valid_T.unsqueeze(1).expand_as(topk_ids_TK)
@@ -155,8 +160,10 @@ def register_router(name: str) -> Callable[[Made], Made]:
     """
 
     def register(make: Made) -> Made:
-        if ROUTERS.setdefault(name, make) is not make:
+        known = ROUTERS.get(name, make)
+        if (known.__module__, known.__qualname__) != (make.__module__, make.__qualname__):
             raise ValueError(f"router={name!r}: this name is taken. Register yours under another.")
+        ROUTERS[name] = make  # anew where a cell of a notebook runs again
         return make
 
     return register

@@ -10,7 +10,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_moe.nn.capacity import expert_capacity
-from lightning_moe.nn.router.base import LearnedRouter, Routing, best, register_router
+from lightning_moe.nn.router.base import LearnedRouter, Routing, best, closed, register_router
 from lightning_moe.nn.tokens import Tokens
 
 
@@ -36,9 +36,10 @@ class ExpertChoiceRouter(LearnedRouter):
         factor = config.capacity_factor if tokens.training else config.eval_capacity_factor or config.capacity_factor
         assert factor is not None  # MoEConfig sees to it
         scores_TE = logits_TE.softmax(-1)
-        chosen_TE = _chosen_by_experts(scores_TE.detach(), tokens, factor)
+        choice_TE = logits_TE.detach().log_softmax(-1)  # in the order of the scores, without their underflow to ties
+        chosen_TE = _chosen_by_experts(choice_TE, tokens, factor)
         # A place for every expert, those that chose the token first; the layer cuts off what no token needs.
-        topk_ids_TK = best(scores_TE.detach().masked_fill(~chosen_TE, -1.0), config.num_experts)
+        topk_ids_TK = best(closed(choice_TE, ~chosen_TE), config.num_experts)
         return Routing(
             logits_TE,
             scores_TE,
@@ -48,14 +49,14 @@ class ExpertChoiceRouter(LearnedRouter):
         )
 
 
-def _chosen_by_experts(scores_TE: Tensor, tokens: Tokens, factor: float) -> Tensor:
+def _chosen_by_experts(choice_TE: Tensor, tokens: Tokens, factor: float) -> Tensor:
     """True where expert e takes token t; among equals the earlier token."""
-    num_experts = scores_TE.shape[1]
+    num_experts = choice_TE.shape[1]
     if tokens.valid_T is not None:
-        scores_TE = scores_TE.masked_fill(~tokens.valid_T.unsqueeze(1), -1.0)
-    num_valid = torch.as_tensor(tokens.num_valid, device=scores_TE.device)
+        choice_TE = closed(choice_TE, ~tokens.valid_T.unsqueeze(1))
+    num_valid = torch.as_tensor(tokens.num_valid, device=choice_TE.device)
     capacity = expert_capacity(num_valid, num_experts, top_k=1, capacity_factor=factor, min_capacity=1)
     capacity = torch.minimum(capacity, num_valid)
-    order_TE = scores_TE.sort(dim=0, descending=True, stable=True).indices
-    place_T1 = torch.arange(len(scores_TE), device=scores_TE.device).unsqueeze(1)
-    return torch.zeros_like(scores_TE, dtype=torch.bool).scatter(0, order_TE, (place_T1 < capacity).expand_as(order_TE))
+    order_TE = choice_TE.sort(dim=0, descending=True, stable=True).indices
+    place_T1 = torch.arange(len(choice_TE), device=choice_TE.device).unsqueeze(1)
+    return torch.zeros_like(choice_TE, dtype=torch.bool).scatter(0, order_TE, (place_T1 < capacity).expand_as(order_TE))

@@ -10,7 +10,15 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_moe.config import MoEConfig
-from lightning_moe.nn.router.base import CHOICE, LearnedRouter, Routing, assigned_to_valid, best, register_router
+from lightning_moe.nn.router.base import (
+    CHOICE,
+    LearnedRouter,
+    Routing,
+    assigned_to_valid,
+    best,
+    closed,
+    register_router,
+)
 from lightning_moe.nn.tokens import Tokens
 
 
@@ -33,8 +41,8 @@ class GShardRouter(LearnedRouter):
         topk_ids_TK = best(logits_TE, 2)
         if tokens.training:
             drawn_TE = logits_TE.detach() + tokens.gumbel(logits_TE.shape[1], CHOICE)
-            drawn_TE = drawn_TE.scatter(1, topk_ids_TK[:, :1], float("-inf"))
-            topk_ids_TK = torch.cat([topk_ids_TK[:, :1], best(drawn_TE, 1)], dim=1)
+            is_first_TE = torch.zeros_like(drawn_TE, dtype=torch.bool).scatter(1, topk_ids_TK[:, :1], True)
+            topk_ids_TK = torch.cat([topk_ids_TK[:, :1], best(closed(drawn_TE, is_first_TE), 1)], dim=1)
         routing = Routing(logits_TE, scores_TE, scores_TE, topk_ids_TK)
         return routing._replace(
             topk_scores_TK=self.weigh(routing, topk_ids_TK), assigned_TK=assigned_to_valid(tokens, topk_ids_TK)
@@ -79,16 +87,15 @@ class NoisyTopKRouter(LearnedRouter):
             noisy_TE.softmax(-1),
             noisy_TE.gather(1, topk_ids_TK).softmax(-1),
             topk_ids_TK,
-            choice_TE=noisy_TE.detach(),
+            choice_TE=noisy_TE,
             assigned_TK=assigned_to_valid(tokens, topk_ids_TK),
             load_TE=load_TE,
         )
 
     @override
     def weigh(self, routing: Routing, topk_ids_TK: Tensor) -> Tensor:
-        # Of scores, not of the noisy logits, which are not kept: the same up to a factor that the softmax takes out.
-        scores_TK = routing.scores_TE.gather(1, topk_ids_TK)
-        return scores_TK.clamp(min=torch.finfo(scores_TK.dtype).tiny).log().softmax(-1)
+        assert routing.choice_TE is not None
+        return routing.choice_TE.gather(1, topk_ids_TK).softmax(-1)
 
 
 def _chance_of_selection(logits_TE: Tensor, noisy_TE: Tensor, spread_TE: Tensor, top_k: int) -> Tensor:
@@ -102,4 +109,7 @@ def _chance_of_selection(logits_TE: Tensor, noisy_TE: Tensor, spread_TE: Tensor,
     last_in_T1, first_out_T1 = sorted_TE[:, top_k - 1 : top_k], sorted_TE[:, top_k : top_k + 1]
     # Without expert i the k-th highest is the (k+1)-th of all where i is in, and the k-th where it is not.
     threshold_TE = torch.where(noisy_TE > first_out_T1, first_out_T1, last_in_T1)
-    return torch.special.ndtr((logits_TE - threshold_TE) / spread_TE)
+    # Bounds far from where anything happens, so that neither -inf - -inf nor a noise that has died out gives NaN.
+    low = torch.finfo(logits_TE.dtype).min / 4
+    z_TE = (logits_TE.clamp(min=low) - threshold_TE.clamp(min=low)) / spread_TE.clamp(min=1e-6)
+    return torch.special.ndtr(z_TE.clamp(-30, 30))

@@ -13,7 +13,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_moe.config import MoEConfig
-from lightning_moe.nn.router.base import LearnedRouter, Routing, assigned_to_valid, best, register_router
+from lightning_moe.nn.router.base import LearnedRouter, Routing, assigned_to_valid, best, closed, register_router
 from lightning_moe.nn.tokens import Tokens
 
 _TINY = 1e-20
@@ -39,7 +39,8 @@ class TopKRouter(LearnedRouter):
     def __init__(self, hidden_size: int, config: MoEConfig) -> None:
         super().__init__(hidden_size, config)
         # float(): deepspeed.zero.Init overrides dtype=.
-        self.register_buffer("expert_bias", torch.zeros(config.num_experts).float() if config.expert_bias else None)
+        bias_E = torch.zeros(config.num_experts).float() if self.config.expert_bias else None
+        self.register_buffer("expert_bias", bias_E)
 
     @override
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
@@ -56,7 +57,7 @@ class TopKRouter(LearnedRouter):
         choice_TE = logits_TE  # in the order of the scores, and exact where those underflow to ties
         if self.expert_bias is not None:
             choice_TE = (scores_TE if self.config.score_before_topk else logits_TE) + self.expert_bias
-        topk_ids_TK = best(self.within_reach(choice_TE), self.config.top_k)
+        topk_ids_TK = best(self.within_reach(choice_TE, scores_TE), self.config.top_k)
         return Routing(
             logits_TE,
             scores_TE,
@@ -67,7 +68,7 @@ class TopKRouter(LearnedRouter):
             assigned_TK=assigned_to_valid(tokens, topk_ids_TK),
         )
 
-    def within_reach(self, choice_TE: Tensor) -> Tensor:
+    def within_reach(self, choice_TE: Tensor, scores_TE: Tensor) -> Tensor:
         """Lets a subclass put experts out of a token's reach, at minus infinity."""
         return choice_TE
 
@@ -81,7 +82,8 @@ class GroupLimitedRouter(TopKRouter):
     """The best experts of a token's best groups, so that it travels to few places (DeepSeek-V3, section 2.1.2).
 
     Experts stand in ``num_groups`` groups of neighbours; a group is as good as its two best experts together, and
-    the ``topk_groups`` best are kept (DeepSeek-V2 takes the single best expert of a group instead).
+    the ``topk_groups`` best are kept (DeepSeek-V2 takes the single best expert of a group instead). With
+    ``overflow="next_expert"`` an assignment over capacity may leave the token's groups.
 
     Args:
         hidden_size: D.
@@ -89,13 +91,13 @@ class GroupLimitedRouter(TopKRouter):
     """
 
     @override
-    def within_reach(self, choice_TE: Tensor) -> Tensor:
-        groups = self.config.num_groups
-        choice_TGE = choice_TE.detach().unflatten(1, (groups, -1))
-        best_of_group = choice_TGE.sort(dim=-1, descending=True).values[..., :2].sum(-1)
-        kept_TG = torch.zeros_like(best_of_group, dtype=torch.bool)
-        kept_TG.scatter_(1, best(best_of_group, self.config.topk_groups), True)
-        return choice_TGE.masked_fill(~kept_TG.unsqueeze(-1), float("-inf")).flatten(1)
+    def within_reach(self, choice_TE: Tensor, scores_TE: Tensor) -> Tensor:
+        worth_TE = scores_TE.detach() if self.expert_bias is None else scores_TE.detach() + self.expert_bias
+        worth_TGE = worth_TE.unflatten(1, (self.config.num_groups, -1))
+        worth_TG = worth_TGE.sort(dim=-1, descending=True).values[..., :2].sum(-1)
+        closed_TG = torch.ones_like(worth_TG, dtype=torch.bool)
+        closed_TG.scatter_(1, best(worth_TG, self.config.topk_groups), False)
+        return closed(choice_TE, closed_TG.unsqueeze(-1).expand_as(worth_TGE).flatten(1))
 
 
 @register_router("switch")

@@ -80,7 +80,10 @@ def test_capacity_is_computed_in_another_precision() -> None:
     assert expert_capacity(200_000_000, 3, 1, 1.0, 4) == math.ceil(200_000_000 / 3) == 66_666_667
     assert _capacity(gates, torch.tensor(1.0), torch.tensor(4)) == 66_666_668
     # 1.1 is no number of either precision, and 1.1 * 50 = 55 in one of them.
-    assert expert_capacity(50, 1, 1, 1.1, 1) - _capacity(torch.empty(50, 1), torch.tensor(1.1), torch.tensor(1)) in (0, 1)
+    assert expert_capacity(50, 1, 1, 1.1, 1) - _capacity(torch.empty(50, 1), torch.tensor(1.1), torch.tensor(1)) in (
+        0,
+        1,
+    )
 
 
 @pytest.mark.parametrize(("num_tokens", "factor", "lowest"), SHAPES)

@@ -141,7 +141,12 @@ def assert_same(config: MoEConfig, logits_TE: Tensor, tokens: Tokens) -> None:
     assert_close(probs_TE.detach().double(), theirs.probabilities_TE.detach(), rtol=1e-6, atol=1e-6)
     assert (ours.load_TE is not None) == (config.router == "noisy_topk" and tokens.training)
     if ours.load_TE is not None:
-        assert_close(ours.load_TE.detach().double(), theirs.load_TE.detach(), rtol=1e-5, atol=1e-5)
+        assert theirs.load_TE is not None
+        assert bool(((ours.load_TE >= 0) & (ours.load_TE <= 1)).all())
+        # Among experts that are out of reach there is no telling by the formula: minus infinity less itself.
+        load, load64 = ours.load_TE.detach().double(), theirs.load_TE.detach()
+        is_told = load64.isfinite()
+        assert_close(load[is_told], load64[is_told], rtol=1e-5, atol=1e-5)
     assert_same_preferences(config, ours, theirs, tokens)
     if not logits_TE.isfinite().all():
         return
@@ -155,7 +160,6 @@ def assert_same_preferences(config: MoEConfig, ours: Routing, theirs: ReferenceR
     if config.router == "expert_choice":
         return  # nothing overflows
     choice_TE = ours.logits_TE if ours.choice_TE is None else ours.choice_TE
-    assert not choice_TE.requires_grad or ours.choice_TE is None
     for t in valid_tokens(tokens):
         assert best_first(choice_TE[t]) == theirs.preferences[t]
 

@@ -109,9 +109,7 @@ def test_gpt_oss(top_k: int) -> None:
     ("top_k", "groups", "topk_groups", "scale", "spread"),
     [(2, 4, 2, 2.5, 0.3), (4, 2, 1, 1.0, 0.3), (3, 4, 3, 16.0, 3.0), (2, 1, 1, 2.5, 0.3), (1, 2, 2, 1.0, 0.0)],
 )
-def test_deepseek_v3(
-    top_k: int, groups: int, topk_groups: int, scale: float, spread: float, normalize: bool
-) -> None:
+def test_deepseek_v3(top_k: int, groups: int, topk_groups: int, scale: float, spread: float, normalize: bool) -> None:
     theirs, weight = with_weights(deepseek_v3(top_k, groups, topk_groups, scale, normalize))
     bias = spread * torch.randn(E)
     with torch.no_grad():
