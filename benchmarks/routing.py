@@ -1,6 +1,6 @@
 """Trains the quickstart's model with every router and prints how evenly its experts are used.
 
-    python benchmarks/routing.py                      # the table in docs/routing.md: about five minutes
+    python benchmarks/routing.py                      # the table in docs/routing.md: two to four minutes
     python benchmarks/routing.py --only topk sinkhorn
 
 One process, without a strategy. Exits with 1 where a method that is meant to balance is at a load imbalance (largest
@@ -14,7 +14,6 @@ import argparse
 import logging
 import platform
 import sys
-import time
 import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -88,18 +87,13 @@ def train(method: Method, steps: int, seed: int) -> dict[str, float]:
         enable_model_summary=False,
         enable_progress_bar=False,
     )
-    began = time.perf_counter()
     trainer.fit(MoELanguageModel(moe=moe, **model_args), TextDataModule(**settings["data"]["init_args"]))
-    found = {name: float(value) for name, value in trainer.callback_metrics.items()}
-    return {**found, "seconds": time.perf_counter() - began}
+    return {name: float(value) for name, value in trainer.callback_metrics.items()}
 
 
 def row(name: str, method: Method, found: dict[str, float]) -> str:
     """One line of the table."""
-    return (
-        f"| {name} | {method.balance} | {found['moe/load_imbalance']:.2f} | {found['val_loss']:.3f} "
-        f"| {found['seconds']:.0f} |"
-    )
+    return f"| {name} | {method.balance} | {found['moe/load_imbalance']:.2f} | {found['val_loss']:.3f} |"
 
 
 def main() -> int:
@@ -118,7 +112,7 @@ def main() -> int:
         f"Load imbalance after {args.steps} steps of configs/quickstart.yaml in one process, seed {args.seed}; "
         f"torch {torch.__version__}, {args.threads} threads, Python {platform.python_version()}.\n"
     )
-    print("| method | balanced by | load imbalance | val_loss | seconds |\n|---|---|---|---|---|", flush=True)
+    print("| method | balanced by | load imbalance | val_loss |\n|---|---|---|---|", flush=True)
     imbalance = {}
     names = args.only or list(METHODS)
     for number, name in enumerate(names, start=1):

@@ -348,7 +348,7 @@ def test_callbacks_without_what_they_need(callback: Any, message: str) -> None:
         ),
         ({"router_z": float("nan")}, "router_z=nan: must be a finite number of at least 0. Use 0 to leave it out."),
         ({"warmup_steps": -1}, "warmup_steps=-1: must be 0 or more. Use 0 for full weights at once."),
-        ({"scope": "galaxy"}, "scope='galaxy': unknown. Known: micro_batch."),
+        ({"scope": "galaxy"}, "scope='galaxy': unknown. Known: micro_batch, sequence, global_batch."),
     ],
 )
 def test_aux_loss_options(options: Any, message: str) -> None:

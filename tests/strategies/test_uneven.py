@@ -50,8 +50,7 @@ def fit(case: Case, kind: str, skewed: bool) -> tuple[dict[str, Tensor], list[fl
     from lightning_moe.testing.state import full_state
 
     rank = torch.distributed.get_rank()
-    config = replace(CONFIG, dispatcher=case.dispatcher, capacity_factor=case.capacity_factor)
-    model = Uneven(config, skewed)
+    model = Uneven(replace(case.config, dispatcher=case.dispatcher), skewed)
     trainer = L.Trainer(
         accelerator="cpu",
         devices=case.world,
@@ -74,7 +73,7 @@ def fit(case: Case, kind: str, skewed: bool) -> tuple[dict[str, Tensor], list[fl
 
 
 def reference(case: Case, kind: str, skewed: bool) -> tuple[dict[str, Tensor], list[float]]:
-    twin = reference_of(Uneven(CONFIG, skewed), 1)
+    twin = reference_of(Uneven(case.config, skewed), 1)
     assert isinstance(twin, Uneven)
     optimizer = twin.configure_optimizers()
     norms = []
@@ -107,6 +106,10 @@ def _warm(get_pool: Any) -> None:
     ids=str,
 )
 def test_ends_soon_and_exact(case: Case, kind: str, skewed: bool, get_pool: Any) -> None:
+    check(case, kind, skewed, get_pool)
+
+
+def check(case: Case, kind: str, skewed: bool, get_pool: Any) -> None:
     results = get_pool(4).run(fit, case, kind, skewed, timeout=SECONDS)
     expected, norms = reference(case, kind, skewed)
     for state, grad_norms in results:
@@ -115,11 +118,30 @@ def test_ends_soon_and_exact(case: Case, kind: str, skewed: bool, get_pool: Any)
             assert_close(state[name], weight.float(), rtol=1e-5, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
 
 
+@pytest.mark.parametrize("kind", ["shorter", "no tokens"])
+@pytest.mark.parametrize("router", ["sinkhorn", "expert_choice", "group_limited", "hash"])
+def test_every_router_is_exact_for_every_rank(router: str, kind: str, get_pool: Any) -> None:
+    """Those that look at all tokens of a rank, and one without a router's gradient."""
+    config = replace(CONFIG, router=router, capacity_factor=1.5 if router == "expert_choice" else None)
+    check(Case(4, 2, 2, "alltoall" if router == "sinkhorn" else "allgather", moe=config), kind, False, get_pool)
+
+
 @pytest.mark.parametrize("dispatcher", ["alltoall", "allgather"])
 @pytest.mark.parametrize("kind", ["shorter", "no tokens"])
-def test_capacity_is_agreed_on(dispatcher: str, kind: str, get_pool: Any) -> None:
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"overflow": "next_expert"},
+        {"pad_to_capacity": True},
+        {"router": "gshard", "drop_priority": "random", "overflow": "next_expert", "pad_to_capacity": True},
+        {"router": "expert_choice", "pad_to_capacity": True},
+    ],
+    ids=str,
+)
+def test_capacity_is_agreed_on(settings: dict[str, Any], dispatcher: str, kind: str, get_pool: Any) -> None:
     """All ranks end with the same weights; what is dropped follows the largest batch of the EP group."""
-    case = Case(4, 4, 1, dispatcher, capacity_factor=1.0)
+    case = Case(4, 4, 1, dispatcher, moe=replace(CONFIG, capacity_factor=1.0, min_capacity=1, **settings))
     states = get_pool(4).run(fit, case, kind, True, timeout=SECONDS)
     for state, _ in states[1:]:
         for name, weight in states[0][0].items():
