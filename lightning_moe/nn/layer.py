@@ -15,12 +15,11 @@ from lightning.fabric.utilities.rank_zero import rank_zero_only
 from torch import Tensor, nn
 
 from lightning_moe.config import MoEConfig
-from lightning_moe.dispatch import FixedShape, make_dispatcher
-from lightning_moe.nn.capacity import expert_capacity, keep_within_capacity, move_to_next_expert
+from lightning_moe.dispatch import make_dispatcher
 from lightning_moe.nn.dense import ResidualMLP, SharedMLP
 from lightning_moe.nn.experts import GroupedExperts
+from lightning_moe.nn.placing import place
 from lightning_moe.nn.router import Router, Routing, make_router
-from lightning_moe.nn.router.base import DROP
 from lightning_moe.nn.tap import RoutingTap
 from lightning_moe.nn.tokens import Tokens
 from lightning_moe.parallel import ExpertGroups, groups_in_scope
@@ -147,7 +146,7 @@ class MoE(nn.Module):
         # No NaN of padding may come near the router's gradient.
         routed_TD = x_TD if tokens.valid_T is None else x_TD.masked_fill(~tokens.valid_T.unsqueeze(1), 0)
         chosen: Routing = self.router(routed_TD, tokens)
-        routing, shape = self.place(chosen, tokens)
+        routing, shape = place(chosen, tokens, self.router, self.dispatcher)
         state = self.dispatcher.dispatch(
             routed_TD, routing.topk_ids_TK, routing.topk_scores_TK.float(), routing.kept_TK, shape
         )
@@ -161,61 +160,6 @@ class MoE(nn.Module):
         if self.residual is not None:
             y_TD = self.residual(x_TD, y_TD)
         return y_TD.to(x.dtype).view_as(x)
-
-    def place(self, chosen: Routing, tokens: Tokens) -> tuple[Routing, FixedShape | None]:
-        """Fits the router's choice into the capacity. Collective over the EP group where there is one.
-
-        Returns:
-            The routing with what is kept and where, and the shape to pad to, where the config asks for it.
-        """
-        config = self.config
-        factor = config.capacity_factor if self.training else config.eval_capacity_factor
-        if self.router.fits_capacity:
-            return self._place_fitting(chosen, tokens, factor or config.capacity_factor)
-        if factor is None:
-            return chosen._replace(kept_TK=chosen.assigned_TK), None
-        # One capacity for the whole EP group: a rank with a short batch must not disagree about shapes.
-        largest, largest_valid = self.dispatcher.largest([tokens.num_tokens, tokens.num_valid], tokens.device)
-        experts = self.num_experts, config.top_k, factor, config.min_capacity
-        routing = self._within(expert_capacity(largest_valid, *experts), chosen, tokens)
-        if not config.pad_to_capacity:
-            return routing, None
-        num_tokens = int(largest)  # the layer's one host synchronisation: with a fixed shape dispatchers need none
-        return routing, FixedShape(num_tokens, int(expert_capacity(num_tokens, *experts)))
-
-    def _place_fitting(
-        self, chosen: Routing, tokens: Tokens, factor: float | None
-    ) -> tuple[Routing, FixedShape | None]:
-        """Cuts off the places of a token that no assignment uses on any rank of the EP group."""
-        assert chosen.assigned_TK is not None
-        assert factor is not None
-        used = chosen.assigned_TK.sum(1).amax() if tokens.num_tokens else 0
-        # A host synchronisation of its own: how many experts a token has is data.
-        num_tokens, width = self.dispatcher.largest([tokens.num_tokens, used], tokens.device).tolist()
-        width = max(width, 1)
-        routing = chosen._replace(
-            topk_ids_TK=chosen.topk_ids_TK[:, :width],
-            topk_scores_TK=chosen.topk_scores_TK[:, :width],
-            kept_TK=chosen.assigned_TK[:, :width],
-        )
-        if not self.config.pad_to_capacity:
-            return routing, None
-        return routing, FixedShape(num_tokens, int(expert_capacity(num_tokens, self.num_experts, 1, factor, 1)))
-
-    def _within(self, capacity: Tensor, chosen: Routing, tokens: Tokens) -> Routing:
-        ids_TK = chosen.topk_ids_TK
-        if self.config.drop_priority == "score":
-            priority_TK = chosen.topk_scores_TK.detach()
-        elif self.config.drop_priority == "position":
-            priority_TK = torch.arange(len(ids_TK), 0, -1, device=ids_TK.device).unsqueeze(1).expand_as(ids_TK)
-        else:
-            priority_TK = tokens.uniform(ids_TK.shape[1], DROP)
-        kept_TK = keep_within_capacity(ids_TK, priority_TK, self.num_experts, capacity, chosen.assigned_TK)
-        if self.config.overflow == "drop":
-            return chosen._replace(kept_TK=kept_TK)
-        choice_TE = chosen.logits_TE if chosen.choice_TE is None else chosen.choice_TE
-        ids_TK, kept_TK = move_to_next_expert(ids_TK, kept_TK, choice_TE, priority_TK, capacity, chosen.assigned_TK)
-        return chosen._replace(topk_ids_TK=ids_TK, kept_TK=kept_TK, topk_scores_TK=self.router.weigh(chosen, ids_TK))
 
     def reconfigure(self, **changes: Any) -> None:
         """Changes settings of the running layer: ``top_k``, ``capacity_factor`` and ``eval_capacity_factor``.

@@ -18,7 +18,7 @@ from torch.testing import assert_close
 
 from lightning_moe import MoE, MoEConfig
 from lightning_moe.dispatch import FixedShape
-from lightning_moe.nn import LossWeights, Routing, RoutingStats, Tokens, expert_capacity
+from lightning_moe.nn import LossWeights, Routing, RoutingStats, expert_capacity
 from lightning_moe.nn.layer import _warn_of_looking_ahead
 
 D, E = 8, 4
@@ -55,13 +55,16 @@ def watch(moe: MoE) -> tuple[list[Tensor], list[tuple[Routing, Routing, FixedSha
     rows: list[Tensor] = []
     placed: list[tuple[Routing, Routing, FixedShape | None]] = []
     moe.experts.register_forward_pre_hook(lambda _, args: rows.append(args[1].clone()))
-    place = moe.place
+    chosen: list[Routing] = []
+    moe.router.register_forward_hook(lambda _, __, routing: chosen.append(routing))
+    dispatch = moe.dispatcher.dispatch
 
-    def recorded(chosen: Routing, tokens: Tokens) -> tuple[Routing, FixedShape | None]:
-        placed.append((chosen, *place(chosen, tokens)))
-        return placed[-1][1:]
+    def recorded(x: Tensor, ids: Tensor, scores: Tensor, kept: Tensor | None, shape: FixedShape | None) -> Any:
+        routing = chosen[-1]._replace(topk_ids_TK=ids, topk_scores_TK=scores, kept_TK=kept)
+        placed.append((chosen[-1], routing, shape))
+        return dispatch(x, ids, scores, kept, shape)
 
-    moe.place = recorded  # type: ignore[method-assign]
+    moe.dispatcher.dispatch = recorded  # type: ignore[method-assign]
     return rows, placed
 
 

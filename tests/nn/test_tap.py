@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lightning_moe import MoE, MoEConfig
 from lightning_moe.nn import LossWeights, RoutingStats, Tokens
+from lightning_moe.nn.placing import place
 from lightning_moe.testing.reference import ReferenceMoE
 
 pytestmark = pytest.mark.filterwarnings("ignore:MoE layers are trained with no AuxLossCallback")
@@ -107,7 +108,7 @@ def test_values_stay_as_they_are() -> None:
 def tap(moe: MoE, x: Tensor, y: Tensor) -> Tensor:
     tokens = Tokens(x.shape[:-1], training=True)
     chosen = moe.router(x, tokens)
-    return moe.tap(y, chosen, moe.place(chosen, tokens)[0], tokens)
+    return moe.tap(y, chosen, place(chosen, tokens, moe.router, moe.dispatcher)[0], tokens)
 
 
 def test_unused_it_returns_what_it_got() -> None:

@@ -77,6 +77,10 @@ class Router(nn.Module, ABC):
     def forward(self, x_TD: Tensor, tokens: Tokens) -> Routing:
         """Chooses experts, in ``config.router_dtype`` whatever the precision of ``x_TD``."""
 
+    def rows_per_expert(self, num_tokens: int | Tensor, training: bool) -> Tensor:
+        """How many of a rank's tokens an expert takes, where the choice itself keeps to it (``fits_capacity``)."""
+        raise NotImplementedError
+
     def weigh(self, routing: Routing, topk_ids_TK: Tensor) -> Tensor:
         """Weights of other experts than the router's choice, [T, K]: those that had room."""
         return routing.scores_TE.gather(1, topk_ids_TK)

@@ -32,14 +32,13 @@ class ExpertChoiceRouter(LearnedRouter):
 
     @override
     def choose(self, x_TD: Tensor, logits_TE: Tensor, tokens: Tokens) -> Routing:
-        config = self.config
-        factor = config.capacity_factor if tokens.training else config.eval_capacity_factor or config.capacity_factor
-        assert factor is not None  # MoEConfig sees to it
         scores_TE = logits_TE.softmax(-1)
         choice_TE = logits_TE.detach().log_softmax(-1)  # in the order of the scores, without their underflow to ties
-        chosen_TE = _chosen_by_experts(choice_TE, tokens, factor)
+        num_valid = torch.as_tensor(tokens.num_valid, device=logits_TE.device)
+        capacity = torch.minimum(self.rows_per_expert(num_valid, tokens.training), num_valid)
+        chosen_TE = _chosen_by_experts(choice_TE, tokens.valid_T, capacity)
         # A place for every expert, those that chose the token first; the layer cuts off what no token needs.
-        topk_ids_TK = best(closed(choice_TE, ~chosen_TE), config.num_experts)
+        topk_ids_TK = best(closed(choice_TE, ~chosen_TE), self.config.num_experts)
         return Routing(
             logits_TE,
             scores_TE,
@@ -48,15 +47,18 @@ class ExpertChoiceRouter(LearnedRouter):
             assigned_TK=chosen_TE.gather(1, topk_ids_TK),
         )
 
+    @override
+    def rows_per_expert(self, num_tokens: int | Tensor, training: bool) -> Tensor:
+        config = self.config
+        factor = config.capacity_factor if training else config.eval_capacity_factor or config.capacity_factor
+        assert factor is not None  # MoEConfig sees to it
+        return expert_capacity(num_tokens, config.num_experts, top_k=1, capacity_factor=factor, min_capacity=1)
 
-def _chosen_by_experts(choice_TE: Tensor, tokens: Tokens, factor: float) -> Tensor:
+
+def _chosen_by_experts(choice_TE: Tensor, valid_T: Tensor | None, capacity: Tensor) -> Tensor:
     """True where expert e takes token t; among equals the earlier token."""
-    num_experts = choice_TE.shape[1]
-    if tokens.valid_T is not None:
-        choice_TE = closed(choice_TE, ~tokens.valid_T.unsqueeze(1))
-    num_valid = torch.as_tensor(tokens.num_valid, device=choice_TE.device)
-    capacity = expert_capacity(num_valid, num_experts, top_k=1, capacity_factor=factor, min_capacity=1)
-    capacity = torch.minimum(capacity, num_valid)
+    if valid_T is not None:
+        choice_TE = closed(choice_TE, ~valid_T.unsqueeze(1))
     order_TE = choice_TE.sort(dim=0, descending=True, stable=True).indices
     place_T1 = torch.arange(len(choice_TE), device=choice_TE.device).unsqueeze(1)
     return torch.zeros_like(choice_TE, dtype=torch.bool).scatter(0, order_TE, (place_T1 < capacity).expand_as(order_TE))

@@ -32,6 +32,7 @@ from torch.testing import assert_close
 
 from lightning_moe import MoE, MoEConfig
 from lightning_moe.nn import Routing, expert_capacity, keep_within_capacity, load_balancing_loss
+from lightning_moe.nn.placing import place
 from tests.nn.router.helpers import chi_square, counts, route, selected, tokens_of
 
 E, T = 6, 120
@@ -48,7 +49,7 @@ def placed(config: MoEConfig, logits_TE: Tensor) -> tuple[Routing, Routing]:
     layer = MoE(E, config)
     tokens = tokens_of(len(logits_TE), training=True)
     chosen = route(config, logits_TE, tokens)
-    return chosen, layer.place(chosen, tokens)[0]
+    return chosen, place(chosen, tokens, layer.router, layer.dispatcher)[0]
 
 
 def kept_by(routing: Routing) -> Tensor:

@@ -1,0 +1,84 @@
+"""Fits a router's choice into the capacity of the experts.
+
+Shapes: T tokens, K experts per token, E experts.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_moe.dispatch import Dispatcher, FixedShape
+from lightning_moe.nn.capacity import expert_capacity, keep_within_capacity, move_to_next_expert
+from lightning_moe.nn.router import Router, Routing
+from lightning_moe.nn.router.base import DROP
+from lightning_moe.nn.tokens import Tokens
+
+
+def place(
+    chosen: Routing, tokens: Tokens, router: Router, dispatcher: Dispatcher[Any]
+) -> tuple[Routing, FixedShape | None]:
+    """Decides which assignments get a row, and of which expert. Collective over the EP group where it has a capacity.
+
+    Args:
+        chosen: What the router chose.
+        tokens: The tokens.
+        router: Its config has the capacity and what happens above it.
+        dispatcher: Knows the EP group, whose ranks agree on one capacity.
+
+    Returns:
+        The routing with ``kept_TK``, and the shape to pad to, where the config asks for it.
+    """
+    config = router.config
+    factor = config.capacity_factor if tokens.training else config.eval_capacity_factor
+    if router.fits_capacity:
+        return _cut_off_unused(chosen, tokens, router, dispatcher)
+    if factor is None:
+        return chosen._replace(kept_TK=chosen.assigned_TK), None
+    # A rank with a short batch must not disagree about shapes.
+    largest, largest_valid = dispatcher.largest([tokens.num_tokens, tokens.num_valid], tokens.device)
+    settings = config.num_experts, config.top_k, factor, config.min_capacity
+    routing = _within(expert_capacity(largest_valid, *settings), chosen, tokens, router)
+    if not config.pad_to_capacity:
+        return routing, None
+    num_tokens = int(largest)  # the layer's one host synchronisation: with a fixed shape dispatchers need none
+    return routing, FixedShape(num_tokens, int(expert_capacity(num_tokens, *settings)))
+
+
+def _cut_off_unused(
+    chosen: Routing, tokens: Tokens, router: Router, dispatcher: Dispatcher[Any]
+) -> tuple[Routing, FixedShape | None]:
+    """Of the E places that every token has where experts choose, keeps those that a token of some rank needs."""
+    config = router.config
+    assert chosen.assigned_TK is not None
+    used = chosen.assigned_TK.sum(1).amax() if tokens.num_tokens else 0
+    # A host synchronisation of its own: how many experts a token has is data.
+    num_tokens, width = dispatcher.largest([tokens.num_tokens, used], tokens.device).tolist()
+    width = max(width, 1)
+    routing = chosen._replace(
+        topk_ids_TK=chosen.topk_ids_TK[:, :width],
+        topk_scores_TK=chosen.topk_scores_TK[:, :width],
+        kept_TK=chosen.assigned_TK[:, :width],
+    )
+    if not config.pad_to_capacity:
+        return routing, None
+    return routing, FixedShape(num_tokens, int(router.rows_per_expert(num_tokens, tokens.training)))
+
+
+def _within(capacity: Tensor, chosen: Routing, tokens: Tokens, router: Router) -> Routing:
+    """Keeps every expert within its capacity, and finds the rest another expert where the config says so."""
+    ids_TK, num_experts = chosen.topk_ids_TK, router.config.num_experts
+    if router.config.drop_priority == "score":
+        priority_TK = chosen.topk_scores_TK.detach()
+    elif router.config.drop_priority == "position":
+        priority_TK = torch.arange(len(ids_TK), 0, -1, device=ids_TK.device).unsqueeze(1).expand_as(ids_TK)
+    else:
+        priority_TK = tokens.uniform(ids_TK.shape[1], DROP)
+    kept_TK = keep_within_capacity(ids_TK, priority_TK, num_experts, capacity, chosen.assigned_TK)
+    if router.config.overflow == "drop":
+        return chosen._replace(kept_TK=kept_TK)
+    choice_TE = chosen.logits_TE if chosen.choice_TE is None else chosen.choice_TE
+    ids_TK, kept_TK = move_to_next_expert(ids_TK, kept_TK, choice_TE, priority_TK, capacity, chosen.assigned_TK)
+    return chosen._replace(topk_ids_TK=ids_TK, kept_TK=kept_TK, topk_scores_TK=router.weigh(chosen, ids_TK))
