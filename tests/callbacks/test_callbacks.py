@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lightning_moe import AuxLossCallback, ExpertLoadMonitor, ExpertParallelStrategy
 from lightning_moe.nn import Routing
+from lightning_moe.nn.placing import place
 from lightning_moe.testing.reference import ReferenceMoE, reference_of
 from tests.callbacks.runs import Memory, in_order, quiet, rank
 from tests.toy import BATCH, CONFIG, Toy, ToyData, loader
@@ -117,11 +118,11 @@ def by_count(routings: list[tuple[Routing, Routing]], valid_T: Tensor) -> dict[s
         for token in range(len(valid_T)):
             if not valid_T[token]:
                 continue
-            for place in range(2):
-                count[int(chosen.topk_ids_TK[token, place])] += 1
+            for k in range(2):
+                count[int(chosen.topk_ids_TK[token, k])] += 1
                 total += 1
-                lost += placed.kept_TK is not None and not placed.kept_TK[token, place]
-                moved += bool(placed.topk_ids_TK[token, place] != chosen.topk_ids_TK[token, place])
+                lost += placed.kept_TK is not None and not placed.kept_TK[token, k]
+                moved += bool(placed.topk_ids_TK[token, k] != chosen.topk_ids_TK[token, k])
         imbalance.append(max(count) * 4 / total)
         dropped.append(lost / total)
         rerouted.append(moved / total)
@@ -142,14 +143,12 @@ def test_dropped_and_rerouted_fractions(
     memory, model, data = Memory(), (Padded if padded else Toy)(config), ToyData(BATCH)
     seen: list[tuple[Routing, Routing]] = []
     for block in model.blocks:
-        placing = block.place
+        dispatcher = block.dispatcher
 
-        def place(chosen: Routing, tokens: Any, placing: Any = placing) -> Any:
-            placed = placing(chosen, tokens)
-            seen.append((chosen, placed[0]))
-            return placed
+        def watch(router: Any, args: Any, chosen: Routing, dispatcher: Any = dispatcher) -> None:
+            seen.append((chosen, place(chosen, args[1], router, dispatcher)[0]))
 
-        block.place = place  # type: ignore[method-assign]
+        block.router.register_forward_hook(watch)
     callbacks = [AuxLossCallback(0.0), ExpertLoadMonitor()]
     quiet(callbacks=callbacks, max_steps=1, logger=memory, log_every_n_steps=1).fit(model, in_order(data))
     valid_T = real(data.x).flatten() if padded else torch.ones(BATCH * 3, dtype=torch.bool)
