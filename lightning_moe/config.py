@@ -147,7 +147,7 @@ class MoEConfig:
     def _check_ranges(self) -> None:
         if self.num_experts < 1:
             raise ValueError(f"num_experts={self.num_experts}: must be at least 1. Use 8, for example.")
-        if not 1 <= self.top_k <= self.num_experts:
+        if not 1 <= self.top_k <= self.num_experts and self.router != "expert_choice":
             raise ValueError(
                 f"top_k={self.top_k}: must be from 1 to num_experts={self.num_experts}. Lower top_k or add experts."
             )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import lightning as L
@@ -73,6 +74,9 @@ class RoutingCallback(L.Callback):
                 "ExpertParallelStrategy, so that each rank has other experts, and this strategy would mix them up. "
                 "Build the model anew."
             )
+        for layer in layers:
+            if layer.groups.ep_group is None:  # of no EP strategy, so that only the Trainer knows who has other data
+                layer.groups = replace(layer.groups, data_size=trainer.world_size, data_rank=trainer.global_rank)
         self.layers = layers
         self.attach(pl_module)
 

@@ -110,6 +110,11 @@ class AuxLossCallback(RoutingCallback):
                 f"load={self.load}: router={routers!r} has no noise to take the load loss over. Use "
                 "router='noisy_topk', or load=0 with load_balancing."
             )
+        if any(layer.tap.loss_weights is not None for layer in self.layers):
+            raise MisconfigurationException(
+                "AuxLossCallback: another one is in charge of these layers already. Use one; the command has its own, "
+                "whose settings are --aux_loss."
+            )
         self._sum_4, self._count = None, 0
         for layer in self.layers:
             layer.tap.loss_weights = LossWeights()

@@ -22,6 +22,7 @@ class ExpertBiasUpdate(RoutingCallback):
     ``bias += rate * sign(mean load - load)`` (Wang et al. 2024, algorithm 1; DeepSeek-V3, section 2.1.2), where the
     load counts the tokens of all ranks in all micro-batches of the step, each once. The bias selects and never weighs.
     It is part of the router's state, so that checkpoints have it; evaluation and recomputed activations leave it alone.
+    (Manual optimization that steps several times in one batch moves it once.)
 
     Routers have the bias with ``router="group_limited"``, or ``router="topk"`` and ``expert_bias=True``.
 

@@ -33,9 +33,11 @@ class _Schedule(RoutingCallback):
         super().__init__()
         self.by_step = dict(sorted(by_step.items()))
         self._in_force: dict[str, Any] = {}
+        self._loaded: dict[str, Any] = {}
 
     @override
     def attach(self, pl_module: L.LightningModule) -> None:
+        self._in_force, self._loaded = {}, {}  # those of another fit or model: steps decide
         for layer in self.layers:
             for step, value in self.by_step.items():
                 try:
@@ -67,11 +69,13 @@ class _Schedule(RoutingCallback):
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._in_force = dict(state_dict)
+        self._loaded = dict(state_dict)
 
     def _restore(self, pl_module: L.LightningModule) -> None:
-        if not self.layers and self._in_force:
-            self._set(moe_layers(pl_module), self._in_force["value"])
+        """Outside of fit, what the checkpoint says, for this evaluation's model."""
+        if not self.layers and self._loaded:
+            self._set(moe_layers(pl_module), self._loaded["value"])
+        self._loaded = {}
 
     @override
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

@@ -88,7 +88,8 @@ class Dispatcher(ABC, Generic[State]):
 
     def largest(self, numbers: list[int | Tensor], device: torch.device) -> Tensor:
         """The largest of each number over the ranks of the EP group, in one reduction for which nobody waits."""
-        largest = torch.stack([torch.as_tensor(number, device=device) for number in numbers])
+        # full() and not tensor(): that would wait for an accelerator.
+        largest = torch.stack([n if isinstance(n, Tensor) else torch.full((), n, device=device) for n in numbers])
         if self.groups.ep_group is not None and self.groups.ep_size > 1:
             dist.all_reduce(largest, dist.ReduceOp.MAX, group=self.groups.ep_group)
         return largest

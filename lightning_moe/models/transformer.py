@@ -95,7 +95,7 @@ class Block(nn.Module):
         num_heads: H.
         moe: Settings of the MoE feed-forward block, or of the dense one that takes its place.
         is_moe: Whether the feed-forward block is a :class:`~lightning_moe.MoE`. If not, it is a dense SwiGLU
-            of the width that one token sees in an MoE layer, so that both cost the same.
+            of the width of ``top_k`` experts and the shared ones, so that both cost the same.
     """
 
     def __init__(self, hidden_size: int, num_heads: int, moe: MoEConfig, is_moe: bool) -> None:

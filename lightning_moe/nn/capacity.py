@@ -117,8 +117,6 @@ def move_to_next_expert(
     ids_TK = topk_ids_TK
     homeless_TK = ~kept_TK if assigned_TK is None else ~kept_TK & assigned_TK
     for _ in range(num_experts):
-        if not ids_TK.is_cuda and not homeless_TK.any():
-            break  # on a GPU nobody waits for the answer: the rounds that are left change nothing
         taken_E = count_ids(torch.where(kept_TK, ids_TK, num_experts).reshape(-1), num_experts + 1)[:num_experts]
         room_E = (capacity - taken_E).clamp(min=0)
         # The experts that were selected count as taken by their token even where they were full.
@@ -127,6 +125,8 @@ def move_to_next_expert(
         # A token's first homeless assignment asks its best open expert, the second the next, and so on.
         nth_TK = (homeless_TK.cumsum(1) - 1).clamp(min=0)
         asks_TK = homeless_TK & (asked.values.gather(1, nth_TK) < num_experts)
+        if not ids_TK.is_cuda and not asks_TK.any():
+            break  # on a GPU nobody waits for the answer: the rounds that are left change nothing
         asked_TK = asked.indices.gather(1, nth_TK)
         found_TK = keep_within_capacity(asked_TK, priority_TK, num_experts, room_E, asks_TK)
         ids_TK = torch.where(found_TK, asked_TK, ids_TK)

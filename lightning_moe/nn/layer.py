@@ -20,6 +20,7 @@ from lightning_moe.nn.dense import ResidualMLP, SharedMLP
 from lightning_moe.nn.experts import GroupedExperts
 from lightning_moe.nn.placing import place
 from lightning_moe.nn.router import Router, Routing, make_router
+from lightning_moe.nn.router.base import without_padding
 from lightning_moe.nn.tap import RoutingTap
 from lightning_moe.nn.tokens import Tokens
 from lightning_moe.parallel import ExpertGroups, groups_in_scope
@@ -132,23 +133,23 @@ class MoE(nn.Module):
         """Applies the layer, [..., D] -> [..., D], in the dtype of ``x``. Collective over the EP group.
 
         Args:
-            x: Activations; the last dimension but one is a sequence.
-            valid: False where a token is padding: it goes to no routed expert and counts nowhere. Shape [...].
+            x: Activations; the first dimension is the batch, the last but one a sequence.
+            valid: False where a token is padding: it goes to no expert, comes out as 0 and counts nowhere. Shape [...].
             token_ids: Ids of the tokens in a vocabulary, for ``router="hash"``. Shape [...].
         """
-        if x.shape[-1] != self.hidden_size:
+        if x.ndim == 0 or x.shape[-1] != self.hidden_size:
             raise ValueError(
                 f"x has shape {list(x.shape)}: its last dimension must be hidden_size={self.hidden_size}. Build the "
                 "layer for the width of the model."
             )
         x_TD = x.reshape(-1, self.hidden_size)
         tokens = Tokens(x.shape[:-1], valid, token_ids, self.groups, self.training, x.device)
-        # No NaN of padding may come near the router's gradient.
-        routed_TD = x_TD if tokens.valid_T is None else x_TD.masked_fill(~tokens.valid_T.unsqueeze(1), 0)
-        chosen: Routing = self.router(routed_TD, tokens)
+        if tokens.valid_T is not None:
+            x_TD = x_TD.masked_fill(~tokens.valid_T.unsqueeze(1), 0)  # no NaN of padding may come near a gradient
+        chosen: Routing = without_padding(self.router(x_TD, tokens), tokens)
         routing, shape = place(chosen, tokens, self.router, self.dispatcher)
         state = self.dispatcher.dispatch(
-            routed_TD, routing.topk_ids_TK, routing.topk_scores_TK.float(), routing.kept_TK, shape
+            x_TD, routing.topk_ids_TK, routing.topk_scores_TK.float(), routing.kept_TK, shape
         )
         y_RD = self.experts(state.x_RD, state.tokens_per_expert_L)
         y_TD = self.dispatcher.combine(y_RD, state)
@@ -173,6 +174,8 @@ class MoE(nn.Module):
                 "eval_capacity_factor, or build the layer anew."
             )
         self.config = self.router.config = replace(self.config, **changes)
+        if "top_k" in changes:
+            self._warn_of_settings(causal=False)
 
     def _warn_if_unbalanced(self, chosen: Routing) -> None:
         in_charge = self.tap.loss_weights is not None or self.tap.balanced or self.router.balances_itself

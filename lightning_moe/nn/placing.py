@@ -39,7 +39,7 @@ def place(
         return chosen._replace(kept_TK=chosen.assigned_TK), None
     # A rank with a short batch must not disagree about shapes.
     largest, largest_valid = dispatcher.largest([tokens.num_tokens, tokens.num_valid], tokens.device)
-    settings = config.num_experts, config.top_k, factor, config.min_capacity
+    settings = config.num_experts, chosen.topk_ids_TK.shape[1], factor, config.min_capacity
     routing = _within(expert_capacity(largest_valid, *settings), chosen, tokens, router)
     if not config.pad_to_capacity:
         return routing, None
@@ -81,4 +81,6 @@ def _within(capacity: Tensor, chosen: Routing, tokens: Tokens, router: Router) -
         return chosen._replace(kept_TK=kept_TK)
     choice_TE = chosen.logits_TE if chosen.choice_TE is None else chosen.choice_TE
     ids_TK, kept_TK = move_to_next_expert(ids_TK, kept_TK, choice_TE, priority_TK, capacity, chosen.assigned_TK)
-    return chosen._replace(topk_ids_TK=ids_TK, kept_TK=kept_TK, topk_scores_TK=router.weigh(chosen, ids_TK))
+    has_moved_T1 = (ids_TK != chosen.topk_ids_TK).any(1, keepdim=True)
+    scores_TK = torch.where(has_moved_T1, router.weigh(chosen, ids_TK), chosen.topk_scores_TK)
+    return chosen._replace(topk_ids_TK=ids_TK, kept_TK=kept_TK, topk_scores_TK=scores_TK)

@@ -114,22 +114,24 @@ class RoutingTap:
         length = tokens.sequence_length if self.scope == "sequence" else None
         probs_TE = chosen.scores_TE if chosen.probs_TE is None else chosen.probs_TE
         probs_GE = mean_probabilities(probs_TE, tokens.valid_T, length)
-        zero = probs_GE.new_zeros(())
-        losses_3 = torch.stack(
-            [
-                router_z_loss(chosen.logits_TE, tokens.valid_T),
-                importance_loss(chosen.topk_scores_TK, chosen.topk_ids_TK, chosen.num_experts, chosen.assigned_TK).to(
-                    zero.dtype
-                )
-                if self.importance
-                else zero,
-                load_loss(chosen.load_TE, tokens.valid_T) if self.load and chosen.load_TE is not None else zero,
-            ]
-        )
+        z = router_z_loss(chosen.logits_TE, tokens.valid_T)
+        importance = load = probs_GE.new_zeros(())
+        if self.importance:
+            importance = importance_loss(
+                chosen.topk_scores_TK, chosen.topk_ids_TK, chosen.num_experts, chosen.assigned_TK
+            )
+        if self.load and chosen.load_TE is not None:
+            load = load_loss(chosen.load_TE, tokens.valid_T)
         counts_GE = tokens_per_expert(chosen.topk_ids_TK, chosen.num_experts, chosen.assigned_TK, length)
-        z, importance, load = losses_3.detach().unbind()
-        stats = RoutingStats(zero, z, importance, load, counts_GE.sum(0), *_not_as_chosen(chosen, placed))
-        return _Tie.apply(y_TD, probs_GE, losses_3, self, counts_GE, stats)
+        stats = RoutingStats(
+            z.new_zeros(()),  # the load-balancing loss is known in backward
+            z.detach(),
+            importance.detach(),
+            load.detach(),
+            counts_GE.sum(0),
+            *_dropped_and_rerouted(chosen, placed),
+        )
+        return _Tie.apply(y_TD, probs_GE, z, importance, load, self, counts_GE, stats)
 
     def shares_of(self, counts_GE: Tensor) -> Tensor:
         """The counts over which f is taken. Collective over the ranks with other data for ``global_batch``."""
@@ -140,7 +142,7 @@ class RoutingTap:
         return self._counts_of_step
 
 
-def _not_as_chosen(chosen: Routing, placed: Routing) -> tuple[Tensor, Tensor]:
+def _dropped_and_rerouted(chosen: Routing, placed: Routing) -> tuple[Tensor, Tensor]:
     """Numbers of dropped and of rerouted assignments."""
     if placed.kept_TK is None:
         return chosen.topk_ids_TK.new_zeros(()), chosen.topk_ids_TK.new_zeros(())
@@ -157,17 +159,20 @@ class _Tie(torch.autograd.Function):
         ctx: Any,
         y_TD: Tensor,
         probs_GE: Tensor,
-        losses_3: Tensor,
+        z: Tensor,
+        importance: Tensor,
+        load: Tensor,
         tap: RoutingTap,
         counts_GE: Tensor,
         stats: RoutingStats,
     ) -> Tensor:
         ctx.tap, ctx.stats = tap, stats
+        ctx.dtypes = z.dtype, importance.dtype, load.dtype
         ctx.save_for_backward(probs_GE, counts_GE)
         return y_TD.view_as(y_TD)
 
     @staticmethod
-    def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None, None]:
+    def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor | None, ...]:
         tap: RoutingTap = ctx.tap
         probs_GE, counts_GE = ctx.saved_tensors
         counts_GE = tap.shares_of(counts_GE)
@@ -175,11 +180,12 @@ class _Tie(torch.autograd.Function):
         for observe in tap.observers:
             observe(stats)
         weights = tap.loss_weights or LossWeights()
-        weights_4 = torch.tensor(weights, dtype=torch.float32, device=grad_TD.device) * tap.loss_gradient
+        # full() and not tensor(), which would wait for an accelerator.
+        balancing, *others = (torch.full((), w, device=grad_TD.device) * tap.loss_gradient for w in weights)
         return (
             grad_TD,
-            weights_4[0].to(probs_GE.dtype) * balance_weights(probs_GE, counts_GE),
-            weights_4[1:].to(probs_GE.dtype),
+            (balancing * balance_weights(probs_GE, counts_GE)).to(probs_GE.dtype),
+            *(grad.to(dtype) for grad, dtype in zip(others, ctx.dtypes, strict=True)),
             None,
             None,
             None,

@@ -1,8 +1,9 @@
 """What routing may know of a batch of tokens beside their activations, and its randomness.
 
-Random numbers are a function of (key, sequence, position), not of the order in which they are drawn: a token gets
-the same ones whichever rank it is on. The key is drawn from torch's default CPU generator, whose state both kinds of
-activation checkpointing restore, so that a recomputed layer routes as it did.
+Random numbers are a function of (key, sample, position), not of the order in which they are drawn: a token gets the
+same ones whichever rank it is on. A sample is one along the first dimension of the input, which is dealt out to ranks.
+The key is drawn from torch's default CPU generator, whose state both kinds of activation checkpointing restore, so that
+a recomputed layer routes as it did.
 
 Shapes: T tokens of this rank, S tokens of a sequence, Z random numbers per token.
 """
@@ -32,7 +33,7 @@ class Tokens:
         sequence_length: S; T where the input is one sequence.
 
     Raises:
-        ValueError: ``valid`` or ``token_ids`` has another shape, or ``valid`` is not of booleans.
+        ValueError: ``valid`` or ``token_ids`` has another shape or a wrong dtype.
     """
 
     def __init__(
@@ -50,6 +51,8 @@ class Tokens:
                     f"{name} has shape {list(given.shape)}: must be {list(shape)}, that of x without its last "
                     "dimension. Give one value per token."
                 )
+        if token_ids is not None and (token_ids.is_floating_point() or token_ids.dtype == torch.bool):
+            raise ValueError(f"token_ids has dtype {token_ids.dtype}: must be whole numbers. Use token_ids.long().")
         if valid is not None and valid.dtype != torch.bool:
             raise ValueError(f"valid has dtype {valid.dtype}: must be torch.bool, True for a token. Use mask.bool().")
         self.shape = shape
@@ -66,9 +69,11 @@ class Tokens:
         return self.shape.numel()
 
     @property
-    def num_valid(self) -> int | Tensor:
-        """Tokens that are no padding; a tensor where that is not known without waiting for the device."""
-        return self.num_tokens if self.valid_T is None else self.valid_T.sum()
+    def num_valid(self) -> Tensor:
+        """Tokens that are no padding, a scalar int64: nobody has to wait for the device."""
+        if self.valid_T is None:
+            return torch.full((), self.num_tokens, device=self.device)
+        return self.valid_T.sum()
 
     @cached_property
     def key(self) -> int:
@@ -80,18 +85,18 @@ class Tokens:
 
         Args:
             width: Z.
-            stream: Which of several uses within one pass this is for.
+            stream: Which of several uses within one pass this is for; the layer itself has 0 to 2.
 
         Returns:
             [T, Z], a function of key, stream and each token's place in the global batch.
         """
-        in_sequence = self.sequence_length if len(self.shape) > 1 else 1
+        tokens_per_sample = max(self.shape[1:].numel(), 1)
         index_T = torch.arange(self.num_tokens, device=self.device)
-        # As DistributedSampler deals a batch out: sequence b of rank r is b * ranks + r of the global batch.
-        sequence_T = index_T // max(in_sequence, 1) * self.groups.data_size + self.groups.data_rank
-        position_T = index_T % max(in_sequence, 1)
+        # As DistributedSampler deals a batch out: sample b of rank r is b * ranks + r of the global batch.
+        sample_T = index_T // tokens_per_sample * self.groups.data_size + self.groups.data_rank
+        position_T = index_T % tokens_per_sample
         stream_T = torch.full_like(index_T, stream)  # an index of its own: added to the key it would shift the others
-        return hashed_uniform(self.key, [stream_T, sequence_T, position_T], width)
+        return hashed_uniform(self.key, [stream_T, sample_T, position_T], width)
 
     def gumbel(self, width: int, stream: int) -> Tensor:
         """Standard Gumbel random numbers, [T, Z]: ``argmax(logits + gumbel)`` samples from ``softmax(logits)``."""

@@ -199,7 +199,10 @@ class ReferenceMoE(nn.Module):
 
     def _output(self, share: _Share) -> Tensor:
         rows = []
-        for x_D, route in zip(share.x_TD, self._placed(share), strict=True):
+        is_padding_T = torch.ones(len(share.x_TD), dtype=torch.bool)
+        is_padding_T[share.valid] = False
+        x_TD = share.x_TD.masked_fill(is_padding_T.unsqueeze(1), 0)  # to no expert, and through no other part
+        for x_D, route in zip(x_TD, self._placed(share), strict=True):
             y_D = x_D * 0  # in the graph, also where no expert follows
             for expert, weight in route:
                 y_D = y_D + weight * self._mlp(x_D, self.experts.w1[expert], self.experts.w2[expert])

@@ -243,3 +243,9 @@ def test_without_the_strategy(accumulate: int) -> None:
         torch.testing.assert_close(
             moved[name], (reference.state[name] - start.detach()).float(), rtol=1e-4, atol=1e-6, msg=name
         )
+
+
+def test_two_of_them_are_refused() -> None:
+    with pytest.raises(MisconfigurationException, match=r"^AuxLossCallback: another one is in charge"):
+        quiet(callbacks=[AuxLossCallback(), AuxLossCallback(0.1)], max_steps=1).fit(Toy(), in_order(ToyData(BATCH)))
+    quiet(callbacks=[AuxLossCallback()], max_steps=1).fit(Toy(), in_order(ToyData(BATCH)))

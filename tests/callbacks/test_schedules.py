@@ -292,3 +292,16 @@ def test_expert_choice_takes_its_capacity() -> None:
         model, in_order(ToyData(2 * BATCH))
     )
     assert [layer.config.capacity_factor for layer in layers_of(model)] == [3.0, 3.0]
+
+
+def test_nothing_of_a_fit_reaches_another_model() -> None:
+    trainer = quiet(callbacks=[AuxLossCallback(0.0), TopKSchedule({0: 3})], max_steps=1)
+    trainer.fit(Toy(), in_order(ToyData(BATCH)))
+    other = Toy()
+    trainer.validate(other, in_order(ToyData(BATCH)), verbose=False)
+    assert {layer.config.top_k for layer in layers_of(other)} == {2}
+
+
+def test_one_expert_at_last_is_warned_of() -> None:
+    with pytest.warns(UserWarning, match=r"^top_k=1: router='topk' divides the one weight by itself"):
+        quiet(callbacks=[AuxLossCallback(0.0), TopKSchedule({0: 1})], max_steps=1).fit(Toy(), in_order(ToyData(BATCH)))

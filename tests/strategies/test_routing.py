@@ -8,10 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+from torch.testing import assert_close
 
-from lightning_moe import MoEConfig
+from lightning_moe import AuxLossCallback, MoEConfig
+from tests.callbacks.runs import quiet
 from tests.strategies.test_exactness import Case, check
-from tests.toy import CONFIG
+from tests.toy import BATCH, CONFIG, Toy, ToyData, loader, train_reference
 
 ROUTERS: dict[str, dict[str, Any]] = {
     "topk": {},
@@ -118,3 +121,20 @@ def test_chance_does_not_depend_on_the_layout(layout: tuple[int, int], get_pool:
     config = config_of("gshard", "drop-random")
     assert config is not None
     run(Case(*layout, stage=1, moe=config), get_pool)
+
+
+def under_ddp(config: MoEConfig) -> dict[str, Tensor]:
+    model, data = Toy(config, **SGD), ToyData(2 * BATCH * 2)
+    trainer = quiet(devices=2, strategy="ddp", callbacks=[AuxLossCallback(0.5, 0.05)], max_steps=2)
+    trainer.fit(model, loader(data, 2, trainer.global_rank))
+    return {name: value.detach().clone() for name, value in model.state_dict().items()}
+
+
+def test_ddp_draws_as_expert_parallelism_does(get_pool: Any) -> None:
+    """Ranks of other strategies have their own places in the global batch, too."""
+    config = config_of("gshard", "drop-random")
+    assert config is not None
+    reference = train_reference(Toy(config, **SGD), ToyData(2 * BATCH * 2), 2, 2, load_balancing=0.5, router_z=0.05)
+    for state in get_pool(2).run(under_ddp, config):
+        for name, weight in reference.state.items():
+            assert_close(state[name], weight.float(), rtol=1e-5, atol=1e-6)

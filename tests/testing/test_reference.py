@@ -480,10 +480,10 @@ def test_shared_expert_gate() -> None:
         reference.shared_mlp.up.weight.copy_(torch.tensor([[1.0, 1.0]]))
         reference.shared_mlp.down.weight.copy_(torch.tensor([[10.0], [100.0]]))
         reference.shared_mlp.gate.weight.copy_(torch.tensor([[1.0, 0.0]]))
-    # sigmoid(ln 3) = 3/4 of ln 3 (10, 100), padding or not; and expert 0
+    # sigmoid(ln 3) = 3/4 of ln 3 (10, 100), and expert 0; padding goes nowhere
     x, shared = tokens((LN3, 0.0))[None], [7.5 * LN3, 75 * LN3]
     check(reference(x)[0], [[LN3 + shared[0], 2 * LN3 + shared[1]]])
-    check(reference(x, torch.tensor([[False]]))[0], [shared])
+    check(reference(x, torch.tensor([[False]]))[0], [[0.0, 0.0]])
 
 
 def test_residual() -> None:

@@ -82,7 +82,10 @@ class Router(nn.Module, ABC):
         raise NotImplementedError
 
     def weigh(self, routing: Routing, topk_ids_TK: Tensor) -> Tensor:
-        """Weights of other experts than the router's choice, [T, K]: those that had room."""
+        """Weights of a token's experts where one of them is not the router's choice but had room, [T, K].
+
+        Override it with the formula of your own weights.
+        """
         return routing.scores_TE.gather(1, topk_ids_TK)
 
 
@@ -142,9 +145,14 @@ def closed(choice: Tensor, where: Tensor) -> Tensor:
     return choice.detach().clamp(min=torch.finfo(choice.dtype).min).masked_fill(where, float("-inf"))
 
 
-def assigned_to_valid(tokens: Tokens, topk_ids_TK: Tensor) -> Tensor | None:
-    """``Routing.assigned_TK`` of a router that gives every token but padding its K experts."""
-    return None if tokens.valid_T is None else tokens.valid_T.unsqueeze(1).expand_as(topk_ids_TK)
+def without_padding(routing: Routing, tokens: Tokens) -> Routing:
+    """Leaves padding out of what a router assigned, whether or not the router minded."""
+    if tokens.valid_T is None:
+        return routing
+    assigned_TK = tokens.valid_T.unsqueeze(1).expand_as(routing.topk_ids_TK)
+    if routing.assigned_TK is not None:
+        assigned_TK = assigned_TK & routing.assigned_TK
+    return routing._replace(assigned_TK=assigned_TK)
 
 
 ROUTERS: dict[str, Callable[[int, MoEConfig], Any]] = {}

@@ -34,8 +34,7 @@ class ExpertChoiceRouter(LearnedRouter):
     def choose(self, x_TD: Tensor, logits_TE: Tensor, tokens: Tokens) -> Routing:
         scores_TE = logits_TE.softmax(-1)
         choice_TE = logits_TE.detach().log_softmax(-1)  # in the order of the scores, without their underflow to ties
-        num_valid = torch.as_tensor(tokens.num_valid, device=logits_TE.device)
-        capacity = torch.minimum(self.rows_per_expert(num_valid, tokens.training), num_valid)
+        capacity = self.rows_per_expert(tokens.num_valid, tokens.training).minimum(tokens.num_valid)
         chosen_TE = _chosen_by_experts(choice_TE, tokens.valid_T, capacity)
         # A place for every expert, those that chose the token first; the layer cuts off what no token needs.
         topk_ids_TK = best(closed(choice_TE, ~chosen_TE), self.config.num_experts)

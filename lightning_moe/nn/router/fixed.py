@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_moe.nn.router.base import CHOICE, Router, Routing, assigned_to_valid, best, register_router
+from lightning_moe.nn.router.base import CHOICE, Router, Routing, best, register_router
 from lightning_moe.nn.tokens import Tokens, hashed_uniform
 
 
@@ -30,7 +30,6 @@ class FixedRouter(Router):
             torch.full_like(topk_ids_TK, 1 / top_k, dtype=logits_TE.dtype),
             topk_ids_TK,
             choice_TE=choice_TE,
-            assigned_TK=assigned_to_valid(tokens, topk_ids_TK),
         )
 
     def numbers(self, tokens: Tokens) -> Tensor:

@@ -14,7 +14,6 @@ from lightning_moe.nn.router.base import (
     CHOICE,
     LearnedRouter,
     Routing,
-    assigned_to_valid,
     best,
     closed,
     register_router,
@@ -44,9 +43,7 @@ class GShardRouter(LearnedRouter):
             is_first_TE = torch.zeros_like(drawn_TE, dtype=torch.bool).scatter(1, topk_ids_TK[:, :1], True)
             topk_ids_TK = torch.cat([topk_ids_TK[:, :1], best(closed(drawn_TE, is_first_TE), 1)], dim=1)
         routing = Routing(logits_TE, scores_TE, scores_TE, topk_ids_TK)
-        return routing._replace(
-            topk_scores_TK=self.weigh(routing, topk_ids_TK), assigned_TK=assigned_to_valid(tokens, topk_ids_TK)
-        )
+        return routing._replace(topk_scores_TK=self.weigh(routing, topk_ids_TK))
 
     @override
     def weigh(self, routing: Routing, topk_ids_TK: Tensor) -> Tensor:
@@ -75,6 +72,12 @@ class NoisyTopKRouter(LearnedRouter):
         self.noise_weight = nn.Parameter(torch.zeros(config.num_experts, hidden_size))
 
     @override
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        if hasattr(self, "noise_weight"):  # not yet where the base class calls this
+            nn.init.zeros_(self.noise_weight)
+
+    @override
     def choose(self, x_TD: Tensor, logits_TE: Tensor, tokens: Tokens) -> Routing:
         noisy_TE, load_TE = logits_TE, None
         if tokens.training:
@@ -88,7 +91,6 @@ class NoisyTopKRouter(LearnedRouter):
             noisy_TE.gather(1, topk_ids_TK).softmax(-1),
             topk_ids_TK,
             choice_TE=noisy_TE,
-            assigned_TK=assigned_to_valid(tokens, topk_ids_TK),
             load_TE=load_TE,
         )
 

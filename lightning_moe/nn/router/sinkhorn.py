@@ -40,7 +40,7 @@ class SinkhornRouter(TopKRouter):
             logits_TE.detach(), tokens.valid_T, self.config.sinkhorn_tolerance, self.config.sinkhorn_iterations
         )
         # The even plan of one token alone is the same for all experts up to rounding.
-        plan_TE = torch.where(torch.as_tensor(tokens.num_valid) > 1, plan_TE, logits_TE.detach())
+        plan_TE = torch.where(tokens.num_valid > 1, plan_TE, logits_TE.detach())
         topk_ids_TK = best(plan_TE, self.config.top_k)
         return routing._replace(
             topk_ids_TK=topk_ids_TK, topk_scores_TK=self.weigh(routing, topk_ids_TK), choice_TE=plan_TE

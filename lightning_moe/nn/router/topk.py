@@ -9,11 +9,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_moe.config import MoEConfig
-from lightning_moe.nn.router.base import LearnedRouter, Routing, assigned_to_valid, best, closed, register_router
+from lightning_moe.nn.router.base import LearnedRouter, Routing, best, closed, register_router
 from lightning_moe.nn.tokens import Tokens
 
 _TINY = 1e-20
@@ -43,6 +43,13 @@ class TopKRouter(LearnedRouter):
         self.register_buffer("expert_bias", bias_E)
 
     @override
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        bias_E = getattr(self, "expert_bias", None)  # not yet there where the base class calls this
+        if bias_E is not None:
+            nn.init.zeros_(bias_E)
+
+    @override
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         before = self.expert_bias
         super()._apply(fn, recurse)
@@ -65,7 +72,6 @@ class TopKRouter(LearnedRouter):
             topk_ids_TK,
             probs_TE=scores_TE if self.config.score_function == "softmax" else _divided_by_sum(scores_TE),
             choice_TE=choice_TE.detach(),
-            assigned_TK=assigned_to_valid(tokens, topk_ids_TK),
         )
 
     def within_reach(self, choice_TE: Tensor, scores_TE: Tensor) -> Tensor:
@@ -113,9 +119,7 @@ class SwitchRouter(LearnedRouter):
     def choose(self, x_TD: Tensor, logits_TE: Tensor, tokens: Tokens) -> Routing:
         scores_TE = logits_TE.softmax(-1)
         ids_TK = best(logits_TE, self.config.top_k)
-        return Routing(
-            logits_TE, scores_TE, scores_TE.gather(1, ids_TK), ids_TK, assigned_TK=assigned_to_valid(tokens, ids_TK)
-        )
+        return Routing(logits_TE, scores_TE, scores_TE.gather(1, ids_TK), ids_TK)
 
 
 def _score(logits_TE: Tensor, config: MoEConfig) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor
 from lightning_moe import MoEConfig
 from lightning_moe.nn import Routing, Tokens
 from lightning_moe.nn.router import LearnedRouter, Router, make_router
+from lightning_moe.nn.router.base import without_padding
 
 NEVER = -math.inf
 
@@ -25,7 +26,8 @@ def tokens_of(num_tokens: int, training: bool = False, **more: Any) -> Tokens:
 def on_logits(router: Router, logits_TE: Tensor, tokens: Tokens | None = None) -> Routing:
     """Routes these very logits, minus infinity among them, which no product with a finite weight gives."""
     assert isinstance(router, LearnedRouter)
-    return router.choose(logits_TE, logits_TE, tokens or tokens_of(len(logits_TE)))
+    tokens = tokens or tokens_of(len(logits_TE))
+    return without_padding(router.choose(logits_TE, logits_TE, tokens), tokens)
 
 
 def route(config: MoEConfig, logits_TE: Tensor, tokens: Tokens | None = None) -> Routing:

@@ -265,3 +265,15 @@ def test_not_even_logits_of_a_router_without_bias() -> None:
     assert router.expert_bias is None
     assert set(router.state_dict()) == {"weight"}
     assert router.bfloat16().expert_bias is None
+
+
+@pytest.mark.parametrize("config", [MoEConfig(4, router="noisy_topk"), MoEConfig(4, expert_bias=True)])
+def test_from_meta_by_reset_parameters(config: MoEConfig) -> None:
+    """As FSDP materialises a module."""
+    with torch.device("meta"):
+        router = make_router(8, config)
+    router.to_empty(device="cpu")
+    for tensor in (*router.parameters(), *router.buffers()):
+        torch.nn.init.constant_(tensor, 7.0)
+    router.reset_parameters()  # type: ignore[operator]
+    assert not any(bool((tensor == 7).any()) for tensor in (*router.parameters(), *router.buffers()))

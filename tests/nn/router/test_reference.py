@@ -16,6 +16,7 @@ from torch.testing import assert_close
 from lightning_moe import MoEConfig
 from lightning_moe.nn import LearnedRouter, Router, Routing, Tokens
 from lightning_moe.nn.router import NoisyTopKRouter, TopKRouter, make_router
+from lightning_moe.nn.router.base import without_padding
 from lightning_moe.testing.routers import ReferenceRoutes, best_first, reference_routes, valid_tokens
 from tests.nn.router.helpers import NEVER, tokens_of
 
@@ -110,6 +111,7 @@ def both(config: MoEConfig, logits_TE: Tensor, tokens: Tokens) -> tuple[Routing,
         torch.nn.init.normal_(router.noise_weight)
         known["noise_logits_TE"] = (x @ router.noise_weight.detach().t()).double()
     routing = router.choose(x, logits, tokens) if isinstance(router, LearnedRouter) else router(x, tokens)
+    routing = without_padding(routing, tokens)
     return routing, reference_routes(config, logits64, tokens, **known), logits, logits64
 
 

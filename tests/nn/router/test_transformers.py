@@ -28,7 +28,7 @@ from torch.testing import assert_close
 from lightning_moe import MoEConfig
 from lightning_moe.nn import Routing, load_balancing_loss
 from lightning_moe.nn.router import make_router
-from tests.nn.router.helpers import as_dicts, assert_same_routes, tokens_of
+from tests.nn.router.helpers import as_dicts, assert_same_routes, route, tokens_of
 
 pytest.importorskip("transformers")
 
@@ -240,5 +240,5 @@ def test_load_balancing_loss_over_layers_is_that_of_their_tokens_together(masked
 
 
 def our_loss(logits: Tensor, top_k: int, valid: Tensor | None) -> Tensor:
-    routing = make_router(E, MoEConfig(E, top_k=top_k)).choose(logits, logits, tokens_of(len(logits), valid=valid))
+    routing = route(MoEConfig(E, top_k=top_k), logits, tokens_of(len(logits), valid=valid))
     return load_balancing_loss(routing.scores_TE, routing.topk_ids_TK, routing.assigned_TK, valid)
