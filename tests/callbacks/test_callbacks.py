@@ -13,6 +13,7 @@ from torch import Tensor
 from lightning_moe import AuxLossCallback, ExpertLoadMonitor, ExpertParallelStrategy
 from lightning_moe.nn import Routing
 from lightning_moe.nn.placing import place
+from lightning_moe.nn.router.base import without_padding
 from lightning_moe.testing.reference import ReferenceMoE, reference_of
 from tests.callbacks.runs import Memory, in_order, quiet, rank
 from tests.toy import BATCH, CONFIG, Toy, ToyData, loader
@@ -146,6 +147,7 @@ def test_dropped_and_rerouted_fractions(
         dispatcher = block.dispatcher
 
         def watch(router: Any, args: Any, chosen: Routing, dispatcher: Any = dispatcher) -> None:
+            chosen = without_padding(chosen, args[1])
             seen.append((chosen, place(chosen, args[1], router, dispatcher)[0]))
 
         block.router.register_forward_hook(watch)
