@@ -13,7 +13,7 @@ import torch
 from lightning_moe import MoEConfig
 from lightning_moe.nn.tokens import Tokens
 from lightning_moe.testing.routers import ReferenceRoutes, log_plan, reference_routes
-from tests.testing.test_reference import LN3, LN7, check
+from tests.testing.test_reference import LN2, LN3, LN7, check
 
 # --- routers, on logits whose scores are simple fractions -------------------------------------------------------------
 
@@ -40,9 +40,6 @@ def same(routed: ReferenceRoutes, expected: list[list[tuple[int, float]]]) -> No
     ]
     for route, by_hand in zip(routed.routes, expected, strict=True):
         assert [weight.item() for _, weight in route] == pytest.approx([weight for _, weight in by_hand], rel=1e-6)
-
-
-LN2 = math.log(2)
 
 
 def test_scores_before_and_after_the_selection() -> None:
