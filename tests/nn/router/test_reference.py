@@ -115,14 +115,7 @@ def both(config: MoEConfig, logits_TE: Tensor, tokens: Tokens) -> tuple[Routing,
     return routing, reference_routes(config, logits64, tokens, **known), logits, logits64
 
 
-def is_open(config: MoEConfig, tokens: Tokens) -> bool:
-    """The even plan of a single token has no best expert: see test_sinkhorn.py."""
-    return config.router == "sinkhorn" and tokens.training and len(valid_tokens(tokens)) == 1
-
-
 def assert_same(config: MoEConfig, logits_TE: Tensor, tokens: Tokens) -> None:
-    if is_open(config, tokens):
-        pytest.skip("even shares of one token leave the choice open")
     ours, theirs, logits, logits64 = both(config, logits_TE, tokens)
     assigned = [[True] * ours.topk_ids_TK.shape[1]] * len(logits) if ours.assigned_TK is None else ours.assigned_TK
     chosen = [
