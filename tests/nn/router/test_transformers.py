@@ -30,8 +30,6 @@ from lightning_moe.nn import Routing, load_balancing_loss
 from lightning_moe.nn.router import make_router
 from tests.nn.router.helpers import as_dicts, assert_same_routes, route, tokens_of
 
-pytest.importorskip("transformers")
-
 D, E, T = 12, 8, 200
 
 
