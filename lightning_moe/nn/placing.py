@@ -32,9 +32,9 @@ def place(
         The routing with ``kept_TK``, and the shape to pad to, where the config asks for it.
     """
     config = router.config
-    factor = config.capacity_factor if tokens.training else config.eval_capacity_factor
     if router.fits_capacity:
         return _cut_off_unused(chosen, tokens, router, dispatcher)
+    factor = config.capacity_factor if tokens.training else config.eval_capacity_factor
     if factor is None:
         return chosen._replace(kept_TK=chosen.assigned_TK), None
     # A rank with a short batch must not disagree about shapes.
