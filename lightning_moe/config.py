@@ -11,6 +11,7 @@ ScoreFunction = Literal["softmax", "sigmoid"]
 RouterDtype = Literal["float32", "float64"]
 Overflow = Literal["drop", "next_expert"]
 DropPriority = Literal["score", "position", "random"]
+DispatchDtype = Literal["bfloat16"]
 
 
 @dataclass(frozen=True)
@@ -37,8 +38,9 @@ class MoEConfig:
             expert that has room.
         drop_priority: Who stays where an expert is full: the highest ``score``, the first by ``position``, or
             ``random``.
-        dispatcher: ``auto``, ``local``, ``allgather``, ``alltoall`` or a registered name. ``auto`` is ``local``
-            for expert_parallel_size 1, ``allgather`` up to 4, ``alltoall`` above.
+        dispatcher: ``auto``, ``local``, ``allgather``, ``alltoall``, ``fused``, ``tune`` or a registered name.
+            ``auto`` is ``local`` for expert_parallel_size 1, ``allgather`` up to 4, ``alltoall`` above; ``tune`` times
+            them in the first steps and takes the fastest.
         num_shared_experts: Experts that every token uses, as one dense MLP of that many times
             ``intermediate_size``; 0 is none.
         score_before_topk: Score all experts and select by score (Mixtral), or select by logit and score the selected
@@ -57,6 +59,9 @@ class MoEConfig:
             the number of tokens alone.
         shared_expert_gate: Weigh the shared experts by a learned sigmoid per token (Qwen2-MoE).
         residual: A dense MLP beside the experts, the two mixed by learned weights per token (PR-MoE).
+        overlap_chunks: Parts in which tokens travel between ranks, so that experts compute while the next part is on
+            its way.
+        dispatch_dtype: ``bfloat16`` sends activations and their gradients in that precision; ``None`` in their own.
 
     Raises:
         ValueError: a field is out of its range, or two do not go together; the message names field, value, rule
@@ -89,6 +94,8 @@ class MoEConfig:
     pad_to_capacity: bool = False
     shared_expert_gate: bool = False
     residual: bool = False
+    overlap_chunks: int = 1
+    dispatch_dtype: DispatchDtype | None = None
 
     def __post_init__(self) -> None:
         self._check_not_ignored()
@@ -122,7 +129,7 @@ class MoEConfig:
 
     def _check_types(self) -> None:
         whole = ("num_experts", "top_k", "intermediate_size", "min_capacity", "num_shared_experts")
-        for name in (*whole, "num_groups", "topk_groups", "sinkhorn_iterations"):
+        for name in (*whole, "num_groups", "topk_groups", "sinkhorn_iterations", "overlap_chunks"):
             value = getattr(self, name)
             if not _is_a(int, value) and not (name == "intermediate_size" and value is None):
                 raise ValueError(f"{name}={value!r}: must be a whole number. Write it without a point or quotes.")
@@ -140,13 +147,19 @@ class MoEConfig:
             ("overflow", Overflow),
             ("drop_priority", DropPriority),
             ("router_dtype", RouterDtype),
+            ("dispatch_dtype", DispatchDtype),
         ):
             if (value := getattr(self, name)) not in get_args(known) and value is not _DEFAULTS[name]:
                 raise ValueError(f"{name}={value!r}: unknown. Known: {', '.join(get_args(known))}.")
 
     def _check_ranges(self) -> None:
-        if self.num_experts < 1:
-            raise ValueError(f"num_experts={self.num_experts}: must be at least 1. Use 8, for example.")
+        for name, remedy in (
+            ("num_experts", "Use 8, for example."),
+            ("sinkhorn_iterations", "Use 100."),
+            ("overlap_chunks", "Use 1 to send all at once."),
+        ):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}: must be at least 1. {remedy}")
         if not 1 <= self.top_k <= self.num_experts and self.router != "expert_choice":
             raise ValueError(
                 f"top_k={self.top_k}: must be from 1 to num_experts={self.num_experts}. Lower top_k or add experts."
@@ -175,8 +188,6 @@ class MoEConfig:
             raise ValueError(
                 f"sinkhorn_tolerance={self.sinkhorn_tolerance}: must be a finite number above 0. Use 1e-3, for example."
             )
-        if self.sinkhorn_iterations < 1:
-            raise ValueError(f"sinkhorn_iterations={self.sinkhorn_iterations}: must be at least 1. Use 100.")
 
     def _check_router(self) -> None:
         needed_k = {"switch": 1, "gshard": 2}.get(self.router, self.top_k)

@@ -1,7 +1,7 @@
 """Every rank sees every token of its group, computes its experts' share, and the shares are summed: for small groups.
 
 Shapes: T local tokens, P tokens of the largest rank, W ranks, A = W*P gathered tokens, D width, K experts per
-token, E experts, L local experts, R rows for them.
+token, E experts, L local experts.
 """
 
 from __future__ import annotations
@@ -13,65 +13,120 @@ from torch import Tensor
 from torch.nn.functional import pad
 from typing_extensions import override
 
-from lightning_moe.dispatch.base import Dispatched, Dispatcher, FixedShape, ep_group_of
-from lightning_moe.dispatch.permute import Permutation, count_ids, permute, plan_permutation, unpermute
+from lightning_moe.dispatch.base import Dispatched, Dispatcher, FixedShape, Route, chunk_sizes, ep_group_of
+from lightning_moe.dispatch.message import Field, pack, unpack
+from lightning_moe.dispatch.permute import count_ids, plan_permutation
 from lightning_moe.parallel import ExpertGroups
-from lightning_moe.parallel.collectives import all_gather, reduce_scatter
+from lightning_moe.parallel.collectives import (
+    Pending,
+    all_gather,
+    start_all_gather,
+    start_all_to_all,
+    start_reduce_scatter,
+    travel,
+)
 
 
 @dataclass(frozen=True)
-class AllGatherState(Dispatched):
-    """Adds the way back.
+class AllGatherRoute(Route):
+    """Adds what is gathered.
 
     Args:
-        plan: Rows of this rank's experts among all gathered assignments.
-        topk_scores_AK: Weights of all gathered assignments.
-        num_tokens: T of this rank.
+        ids_PK: Experts of this rank's tokens, padded; E stands for none.
+        num_rows: Assignments to this rank's experts; ``None`` with a fixed shape.
+        rows_per_expert: Rows that each local expert gets with a fixed shape.
     """
 
-    plan: Permutation
-    topk_scores_AK: Tensor
-    num_tokens: int
+    ids_PK: Tensor
+    num_rows: int | None
+    rows_per_expert: int | None
 
 
-class AllGatherDispatcher(Dispatcher[AllGatherState]):
-    """Gathers tokens and routes over the EP group; weighted partial sums come back by a reduce-scatter."""
+class AllGatherDispatcher(Dispatcher[AllGatherRoute]):
+    """Gathers tokens and routes over the EP group; the ranks' shares come back by a reduce-scatter."""
 
-    def __init__(self, num_experts: int, groups: ExpertGroups) -> None:
-        super().__init__(num_experts, groups)
+    def __init__(self, num_experts: int, groups: ExpertGroups, wire_dtype: torch.dtype | None = None) -> None:
+        super().__init__(num_experts, groups, wire_dtype)
         self.group = ep_group_of(groups)
 
     @override
-    def dispatch(
-        self,
-        x_TD: Tensor,
-        topk_ids_TK: Tensor,
-        topk_scores_TK: Tensor,
-        kept_TK: Tensor | None,
-        shape: FixedShape | None = None,
-    ) -> AllGatherState:
-        T, first = x_TD.shape[0], self.local_experts.start
-        ids_TK = topk_ids_TK if kept_TK is None else torch.where(kept_TK, topk_ids_TK, self.num_experts)
+    def plan(
+        self, topk_ids_TK: Tensor, kept_TK: Tensor | None, shape: FixedShape | None = None, num_chunks: int = 1
+    ) -> list[AllGatherRoute]:
+        E, W = self.num_experts, self.groups.ep_size
+        sizes = chunk_sizes(len(topk_ids_TK), num_chunks)
+        ids_TK = topk_ids_TK if kept_TK is None else torch.where(kept_TK, topk_ids_TK, E)
+        chunks = ids_TK.split(sizes)
         if shape is None:
-            counts_E = count_ids(ids_TK.reshape(-1), self.num_experts + 1)[: self.num_experts]
-            counts_W = all_gather(torch.cat([counts_E.new_full((1,), T), counts_E]), self.group)
-            # The layer's one host synchronisation: tokens and rows per expert of every rank.
-            counts = counts_W.view(self.groups.ep_size, -1).tolist()
-            padding, rows_per_expert = max(count[0] for count in counts) - T, None
-            num_rows = sum(sum(count[1 + expert] for expert in self.local_experts) for count in counts)
+            counts_E = [count_ids(ids.reshape(-1), E + 1)[:E] for ids in chunks]
+            counts = torch.stack([torch.cat([c.new_full((1,), n), c]) for c, n in zip(counts_E, sizes, strict=True)])
+            # The layer's one host synchronisation: sender x chunk x (tokens, rows of every expert).
+            counts_of = all_gather(counts.unsqueeze(0), self.group).tolist()
+            lengths = [max(sender[i][0] for sender in counts_of) for i in range(num_chunks)]
+            mine = slice(1 + self.local_experts.start, 1 + self.local_experts.stop)
+            num_rows = [sum(sum(sender[i][mine]) for sender in counts_of) for i in range(num_chunks)]
+            rows_per_expert = None
         else:
-            padding, rows_per_expert = shape.num_tokens - T, shape.rows_per_expert * self.groups.ep_size
-            num_rows = len(self.local_experts) * rows_per_expert
-
-        x_AD = all_gather(pad(x_TD, (0, 0, 0, padding)), self.group)
-        ids_AK = all_gather(pad(ids_TK, (0, 0, 0, padding), value=self.num_experts), self.group)
-        scores_AK = all_gather(pad(topk_scores_TK, (0, 0, 0, padding)), self.group)
-        local_ids_AK = ids_AK - first
-        mine_AK = (local_ids_AK >= 0) & (local_ids_AK < len(self.local_experts))
-        plan = plan_permutation(local_ids_AK, len(self.local_experts), mine_AK, num_rows, rows_per_expert)
-        return AllGatherState(permute(x_AD, plan), plan.tokens_per_expert_E, plan, scores_AK, T)
+            chunk = shape.of_chunk(num_chunks)
+            lengths, num_rows = [chunk.num_tokens] * num_chunks, [None] * num_chunks
+            rows_per_expert = chunk.rows_per_expert * W
+        return [
+            AllGatherRoute(size, pad(ids, (0, 0, 0, length - size), value=E), rows, rows_per_expert)
+            for size, ids, length, rows in zip(sizes, chunks, lengths, num_rows, strict=True)
+        ]
 
     @override
-    def combine(self, y_RD: Tensor, state: AllGatherState) -> Tensor:
-        shares_AD = unpermute(y_RD, state.topk_scores_AK, state.plan)
-        return reduce_scatter(shares_AD, self.group)[: state.num_tokens]
+    def send(self, x_TD: Tensor, topk_scores_TK: Tensor, route: AllGatherRoute) -> Pending[Dispatched[AllGatherRoute]]:
+        dtype, T = x_TD.dtype, route.num_tokens
+        P, K = route.ids_PK.shape
+        fields = [Field(x_TD.shape[1], self.on_wire(dtype)), Field(K, topk_scores_TK.dtype), Field(K, torch.int32)]
+
+        def there(x_TD: Tensor, scores_TK: Tensor) -> Pending[tuple[Tensor, ...]]:
+            tables = [pad(x_TD, (0, 0, 0, P - T)), pad(scores_TK, (0, 0, 0, P - T)), route.ids_PK]
+            message = pack(fields, tables)
+            return start_all_gather(message, self.group).then(lambda message: received(*unpack(fields, message)))
+
+        def received(x_AD: Tensor, scores_AK: Tensor, ids_AK: Tensor) -> tuple[Tensor, ...]:
+            return x_AD.to(dtype), scores_AK, ids_AK
+
+        def back(grad_x_AD: Tensor, grad_scores_AK: Tensor) -> Pending[tuple[Tensor, ...]]:
+            grads = self._start_sum(grad_x_AD, T), start_reduce_scatter(grad_scores_AK, self.group)
+            return Pending(lambda: (grads[0].wait(), grads[1].wait()[:T]))
+
+        return travel(there, back, x_TD, topk_scores_TK).then(lambda arrived: self._arrived(route, *arrived))
+
+    def _arrived(
+        self, route: AllGatherRoute, x_AD: Tensor, weights_AK: Tensor, ids_AK: Tensor
+    ) -> Dispatched[AllGatherRoute]:
+        local_ids_AK = ids_AK.long() - self.local_experts.start
+        mine_AK = (local_ids_AK >= 0) & (local_ids_AK < len(self.local_experts))
+        plan = plan_permutation(local_ids_AK, len(self.local_experts), mine_AK, route.num_rows, route.rows_per_expert)
+        return Dispatched(x_AD, weights_AK, plan, route)
+
+    @override
+    def combine(self, y_AD: Tensor, state: Dispatched[AllGatherRoute]) -> Pending[Tensor]:
+        T, P, dtype = state.route.num_tokens, len(state.route.ids_PK), y_AD.dtype
+
+        def there(y_AD: Tensor) -> Pending[tuple[Tensor, ...]]:
+            return self._start_sum(y_AD, T).then(lambda y_TD: (y_TD,))
+
+        def back(grad_TD: Tensor) -> Pending[tuple[Tensor, ...]]:
+            padded = pad(grad_TD, (0, 0, 0, P - T)).to(self.on_wire(dtype))
+            return start_all_gather(padded, self.group).then(lambda grad_AD: (grad_AD.to(dtype),))
+
+        return travel(there, back, y_AD).then(lambda arrived: arrived[0])
+
+    def _start_sum(self, shares_AD: Tensor, num_tokens: int) -> Pending[Tensor]:
+        """Sums the ranks' shares of this rank's tokens, [A, D] -> [T, D]."""
+        dtype, W = shares_AD.dtype, self.groups.ep_size
+        if self.on_wire(dtype) == dtype and dtype == torch.promote_types(dtype, torch.float32):
+            return start_reduce_scatter(shares_AD, self.group).then(lambda sum_PD: sum_PD[:num_tokens])
+        # A reduce-scatter would round every partial sum: as many bytes travel, and are summed in fp32 here.
+        splits = [len(shares_AD) // W] * W
+        arriving = start_all_to_all(shares_AD.to(self.on_wire(dtype)), splits, splits, self.group)
+
+        def summed(shares_AD: Tensor) -> Tensor:
+            shares_WPD = shares_AD.view(W, -1, shares_AD.shape[1])[:, :num_tokens]
+            return shares_WPD.sum(0, dtype=torch.promote_types(dtype, torch.float32)).to(dtype)
+
+        return arriving.then(summed)

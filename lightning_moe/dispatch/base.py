@@ -1,32 +1,54 @@
 """What every dispatcher is: it moves tokens to the ranks of their experts, and the results back.
 
-Shapes: T local tokens, D width, K experts per token, E experts, L experts on this rank, R rows for them.
+Shapes: T local tokens, D width, K experts per token, E experts, L experts on this rank, A tokens that arrive here.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from typing_extensions import Self
 
+from lightning_moe.dispatch.permute import Permutation
 from lightning_moe.parallel import ExpertGroups
+from lightning_moe.parallel.collectives import Pending
 
 
 @dataclass(frozen=True)
-class Dispatched:
-    """What passes from ``dispatch`` to ``combine``; dispatchers add fields of their own.
+class Route:
+    """Where some consecutive tokens of this rank go; dispatchers add fields of their own.
 
     Args:
-        x_RD: Rows for this rank's experts, in expert order.
-        tokens_per_expert_L: How many of the rows each local expert has.
+        num_tokens: How many tokens.
     """
 
-    x_RD: Tensor
-    tokens_per_expert_L: Tensor
+    num_tokens: int
+
+
+RouteT = TypeVar("RouteT", bound=Route)
+
+
+@dataclass(frozen=True)
+class Dispatched(Generic[RouteT]):
+    """What passes from ``dispatch`` through the experts to ``combine``.
+
+    Args:
+        x_AD: Tokens that have experts on this rank.
+        weights_AK: Weights of their experts' outputs.
+        plan: Which row of which local expert each of their assignments gets.
+        route: The way back.
+    """
+
+    x_AD: Tensor
+    weights_AK: Tensor
+    plan: Permutation
+    route: RouteT
 
 
 @dataclass(frozen=True)
@@ -41,50 +63,90 @@ class FixedShape:
     num_tokens: int
     rows_per_expert: int
 
+    def of_chunk(self, num_chunks: int) -> FixedShape:
+        """The shape of each of ``num_chunks`` parts; an expert gets a token once at most."""
+        if num_chunks == 1:
+            return self
+        num_tokens = -(-self.num_tokens // num_chunks)
+        return FixedShape(num_tokens, min(self.rows_per_expert, num_tokens))
 
-State = TypeVar("State", bound=Dispatched)
 
+class Dispatcher(ABC, Generic[RouteT]):
+    """Base of all dispatchers. It keeps no state between calls: that is in what they return.
 
-class Dispatcher(ABC, Generic[State]):
-    """Base of all dispatchers. It keeps no state between calls: that is in what ``dispatch`` returns.
-
-    Every rank of the EP group calls ``dispatch`` and ``combine`` equally often, whatever its number of tokens.
+    Every rank of the EP group calls its methods equally often, whatever its number of tokens.
 
     Args:
         num_experts: Routed experts of the layer, over all ranks.
         groups: Where this rank stands.
+        wire_dtype: What activations and their gradients are converted to for the way; ``None`` leaves them as they
+            are.
 
     Raises:
         ValueError: ``num_experts`` is not divisible by the size of the EP group.
     """
 
-    def __init__(self, num_experts: int, groups: ExpertGroups) -> None:
+    def __init__(self, num_experts: int, groups: ExpertGroups, wire_dtype: torch.dtype | None = None) -> None:
         self.num_experts = num_experts
         self.groups = groups
+        self.wire_dtype = wire_dtype
         self.local_experts = groups.local_experts(num_experts)
 
+    def __deepcopy__(self, memo: dict[int, object]) -> Self:
+        """Copies of a model, as for weight averaging, share it: it has no state, and a process group has no copy."""
+        return self
+
     @abstractmethod
-    def dispatch(
+    def plan(
         self,
-        x_TD: Tensor,
         topk_ids_TK: Tensor,
-        topk_scores_TK: Tensor,
         kept_TK: Tensor | None,
         shape: FixedShape | None = None,
-    ) -> State:
-        """Sends every kept assignment's token to the rank of its expert.
+        num_chunks: int = 1,
+    ) -> list[RouteT]:
+        """Agrees with the other ranks on who sends how much to whom.
 
         Args:
-            x_TD: Tokens.
-            topk_ids_TK: Their experts.
-            topk_scores_TK: Weights of the experts' outputs, fp32.
+            topk_ids_TK: The tokens' experts.
             kept_TK: False where an assignment is dropped; ``None`` is dropless.
             shape: Sizes to pad to, the same on all ranks of the group; ``None`` moves what there is.
+            num_chunks: Parts in which the tokens travel, so that experts compute while the next are on their way.
+
+        Returns:
+            A route for every part; fewer where there is nothing to gain, but equally many on all ranks.
         """
 
     @abstractmethod
-    def combine(self, y_RD: Tensor, state: State) -> Tensor:
-        """Brings the experts' outputs back and sums them, weighted: [R, D] -> [T, D]."""
+    def send(self, x_TD: Tensor, topk_scores_TK: Tensor, route: RouteT) -> Pending[Dispatched[RouteT]]:
+        """Sends every kept assignment's token to the rank of its expert.
+
+        Args:
+            x_TD: The route's tokens.
+            topk_scores_TK: Weights of their experts' outputs, fp32.
+            route: Of :meth:`plan`.
+        """
+
+    @abstractmethod
+    def combine(self, y_AD: Tensor, state: Dispatched[RouteT]) -> Pending[Tensor]:
+        """Brings the experts' outputs back, and sums them for each of the route's tokens: [A, D] -> [T, D]."""
+
+    def dispatch(self, x_TD: Tensor, topk_scores_TK: Tensor, routes: list[RouteT]) -> Iterator[Dispatched[RouteT]]:
+        """Sends all tokens, part after part, and hands each part out with the next already on its way."""
+        tokens, scores = [x_TD], [topk_scores_TK]
+        if len(routes) > 1:
+            sizes = [route.num_tokens for route in routes]
+            tokens, scores = [*x_TD.split(sizes)], [*topk_scores_TK.split(sizes)]
+        parts = zip(tokens, scores, routes, strict=True)
+        first = self.send(*next(parts))  # now, and not when the iterator is first asked
+
+        def arriving(pending: Pending[Dispatched[RouteT]]) -> Iterator[Dispatched[RouteT]]:
+            for part in parts:
+                following = self.send(*part)
+                yield pending.wait()
+                pending = following
+            yield pending.wait()
+
+        return arriving(first)
 
     def largest(self, numbers: list[int | Tensor], device: torch.device) -> Tensor:
         """The largest of each number over the ranks of the EP group, in one reduction for which nobody waits."""
@@ -93,6 +155,19 @@ class Dispatcher(ABC, Generic[State]):
         if self.groups.ep_group is not None and self.groups.ep_size > 1:
             dist.all_reduce(largest, dist.ReduceOp.MAX, group=self.groups.ep_group)
         return largest
+
+    def on_wire(self, dtype: torch.dtype) -> torch.dtype:
+        """The dtype in which activations of this dtype travel."""
+        return self.wire_dtype or dtype
+
+
+def chunk_sizes(num_tokens: int, num_chunks: int) -> list[int]:
+    """Sizes of ``num_chunks`` parts, as even as can be; the last ones may be empty.
+
+    >>> chunk_sizes(7, 3), chunk_sizes(1, 2)
+    ([3, 2, 2], [1, 0])
+    """
+    return [num_tokens // num_chunks + (i < num_tokens % num_chunks) for i in range(num_chunks)]
 
 
 def ep_group_of(groups: ExpertGroups) -> dist.ProcessGroup:

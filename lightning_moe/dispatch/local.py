@@ -1,34 +1,35 @@
-"""All experts are on this rank: rows are reordered and nothing is sent."""
+"""All experts are on this rank: nothing is sent."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_moe.dispatch.base import Dispatched, Dispatcher, FixedShape
-from lightning_moe.dispatch.permute import Permutation, permute, plan_permutation, unpermute
+from lightning_moe.dispatch.base import Dispatched, Dispatcher, FixedShape, Route
+from lightning_moe.dispatch.permute import Permutation, plan_permutation
 from lightning_moe.parallel import ExpertGroups
+from lightning_moe.parallel.collectives import Pending
 
 
 @dataclass(frozen=True)
-class LocalState(Dispatched):
-    """Adds the way back and the weights."""
+class LocalRoute(Route):
+    """Adds the order of the rows."""
 
     plan: Permutation
-    topk_scores_TK: Tensor
 
 
-class LocalDispatcher(Dispatcher[LocalState]):
-    """Reorders tokens by expert on this rank.
+class LocalDispatcher(Dispatcher[LocalRoute]):
+    """Every token is at its experts already.
 
     Raises:
         ValueError: the experts are spread over several ranks.
     """
 
-    def __init__(self, num_experts: int, groups: ExpertGroups) -> None:
-        super().__init__(num_experts, groups)
+    def __init__(self, num_experts: int, groups: ExpertGroups, wire_dtype: torch.dtype | None = None) -> None:
+        super().__init__(num_experts, groups, wire_dtype)
         if groups.ep_size > 1:
             raise ValueError(
                 f"dispatcher='local': expert_parallel_size is {groups.ep_size}, and this dispatcher sends nothing "
@@ -36,19 +37,17 @@ class LocalDispatcher(Dispatcher[LocalState]):
             )
 
     @override
-    def dispatch(
-        self,
-        x_TD: Tensor,
-        topk_ids_TK: Tensor,
-        topk_scores_TK: Tensor,
-        kept_TK: Tensor | None,
-        shape: FixedShape | None = None,
-    ) -> LocalState:
-        plan = plan_permutation(
-            topk_ids_TK, self.num_experts, kept_TK, rows_per_expert=shape.rows_per_expert if shape else None
-        )
-        return LocalState(permute(x_TD, plan), plan.tokens_per_expert_E, plan, topk_scores_TK)
+    def plan(
+        self, topk_ids_TK: Tensor, kept_TK: Tensor | None, shape: FixedShape | None = None, num_chunks: int = 1
+    ) -> list[LocalRoute]:
+        rows_per_expert = None if shape is None else shape.rows_per_expert
+        plan = plan_permutation(topk_ids_TK, self.num_experts, kept_TK, rows_per_expert=rows_per_expert)
+        return [LocalRoute(len(topk_ids_TK), plan)]  # in one part: nothing is on its way that one could wait for
 
     @override
-    def combine(self, y_RD: Tensor, state: LocalState) -> Tensor:
-        return unpermute(y_RD, state.topk_scores_TK, state.plan)
+    def send(self, x_TD: Tensor, topk_scores_TK: Tensor, route: LocalRoute) -> Pending[Dispatched[LocalRoute]]:
+        return Pending(lambda: Dispatched(x_TD, topk_scores_TK, route.plan, route))
+
+    @override
+    def combine(self, y_AD: Tensor, state: Dispatched[LocalRoute]) -> Pending[Tensor]:
+        return Pending(lambda: y_AD)

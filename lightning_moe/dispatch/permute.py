@@ -8,10 +8,13 @@ Shapes: T tokens, D width, K experts per token, N = T*K assignments, R rows, E e
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 
 @dataclass(frozen=True)
@@ -22,14 +25,32 @@ class Permutation:
         assignment_R: Flat index into the T*K assignments of every row; rows are in expert order and, within an
             expert, in token order. T*K where a row is padding.
         row_TK: Row of every assignment; R or more where it has none (dropped, or another rank's expert).
-        tokens_per_expert_E: Rows of every expert, padding included.
-        has_gaps: Whether rows may be padding.
+        tokens_per_expert_E: Rows of every expert, without padding.
+        rows_per_expert: Rows that every expert has with its padding, which stands at the end; ``None`` where there
+            is no padding.
     """
 
     assignment_R: Tensor
     row_TK: Tensor
     tokens_per_expert_E: Tensor
-    has_gaps: bool = False
+    rows_per_expert: int | None = None
+
+    @property
+    def has_gaps(self) -> bool:
+        """Whether rows may be padding."""
+        return self.rows_per_expert is not None
+
+    @property
+    def rows_E(self) -> Tensor:
+        """Rows of every expert, padding included; they sum to R."""
+        if self.rows_per_expert is None:
+            return self.tokens_per_expert_E
+        return torch.full_like(self.tokens_per_expert_E, self.rows_per_expert)
+
+    @property
+    def token_R(self) -> Tensor:
+        """The token of every row; T where a row is padding."""
+        return self.assignment_R // max(self.row_TK.shape[1], 1)
 
 
 def plan_permutation(
@@ -59,7 +80,9 @@ def plan_permutation(
     ids_N = topk_ids_TK.reshape(-1)
     if kept_TK is not None:
         ids_N = torch.where(kept_TK.reshape(-1), ids_N, num_experts)  # the dropped sort behind the last expert
-    order_N = torch.argsort(ids_N, stable=True)
+    # Integers are sorted by radix: the fewer bits, the fewer passes.
+    sortable_N = ids_N.to(torch.int16) if num_experts < 2**15 else ids_N
+    order_N = torch.argsort(sortable_N, stable=True)
     row_N = torch.empty_like(order_N)
     row_N[order_N] = torch.arange(order_N.numel(), device=order_N.device)
     tokens_per_expert_E = count_ids(ids_N, num_experts + 1)[:num_experts]
@@ -78,9 +101,7 @@ def _with_gaps(ids_N: Tensor, row_N: Tensor, counts_E: Tensor, rows_per_expert: 
     row_N = torch.where(ids_N < num_experts, row_N + shift_E[ids_N.clamp(max=num_experts - 1)], num_rows)
     assignment = torch.full((num_rows + 1,), ids_N.numel(), dtype=torch.int64, device=ids_N.device)
     assignment[row_N] = torch.arange(ids_N.numel(), device=ids_N.device)  # the last place takes all without a row
-    return Permutation(
-        assignment[:num_rows], row_N.view(shape), torch.full_like(counts_E, rows_per_expert), has_gaps=True
-    )
+    return Permutation(assignment[:num_rows], row_N.view(shape), counts_E, rows_per_expert)
 
 
 def count_ids(ids_N: Tensor, num_ids: int) -> Tensor:
@@ -90,7 +111,8 @@ def count_ids(ids_N: Tensor, num_ids: int) -> Tensor:
 
 def permute(x_TD: Tensor, plan: Permutation) -> Tensor:
     """Rows for the experts, [T, D] -> [R, D]: row r is the token of assignment r."""
-    return _Permute.apply(x_TD, plan)
+    permuted: Tensor = _Permute.apply(x_TD, plan)
+    return permuted
 
 
 def unpermute(y_RD: Tensor, topk_scores_TK: Tensor, plan: Permutation) -> Tensor:
@@ -98,27 +120,64 @@ def unpermute(y_RD: Tensor, topk_scores_TK: Tensor, plan: Permutation) -> Tensor
 
     The products are summed in the wider of the two dtypes (scores are fp32) and returned in that of ``y_RD``.
     """
-    return _Unpermute.apply(y_RD, topk_scores_TK, plan)
+    summed: Tensor = _Unpermute.apply(y_RD, topk_scores_TK, plan)
+    return summed
 
 
-def reorder(rows: Tensor, index_R: Tensor) -> Tensor:
-    """``rows[index_R]`` for an ``index_R`` that is a permutation of all rows."""
-    return _Reorder.apply(rows, index_R)
+@cache
+def _triton_kernels() -> ModuleType | None:
+    try:
+        from lightning_moe.dispatch import triton_kernels
+    except ImportError:  # Triton comes with CUDA builds of torch, and those for some platforms are without
+        return None
+    return triton_kernels
 
 
-def _rows_of_tokens(rows_RD: Tensor, plan: Permutation) -> Tensor:
+def kernels_for(rows: Tensor) -> ModuleType | None:
+    """Triton's kernels where they can work on these rows; ``None`` leaves it to torch."""
+    return _triton_kernels() if rows.is_cuda else None
+
+
+def rows_of_tokens(x_TD: Tensor, plan: Permutation) -> Tensor:
+    """What :func:`permute` computes, without a gradient."""
+    if kernels := kernels_for(x_TD):
+        rows: Tensor = kernels.gather_rows(x_TD, plan.token_R)
+        return rows
+    return gather(x_TD, plan.token_R, is_complete=not plan.has_gaps)
+
+
+def sum_of_rows(y_RD: Tensor, plan: Permutation) -> Tensor:
+    """Sum of each token's rows, [R, D] -> [T, D], without a gradient; in fp32 or wider, returned in the dtype of y."""
+    T, top_k = plan.row_TK.shape
+    if kernels := kernels_for(y_RD):
+        summed: Tensor = kernels.sum_rows(y_RD, plan.row_TK)
+        return summed
+    if y_RD.device.type == "cpu" and y_RD.dtype in _BAG_DTYPES and not plan.has_gaps:
+        row_N = plan.row_TK.reshape(-1)
+        ends_T = torch.arange(0, T * top_k, max(top_k, 1))
+        if len(y_RD) != T * top_k:  # some have no row
+            has_row_N = row_N < len(y_RD)
+            ends_T = torch.cat([ends_T.new_zeros(1), has_row_N.view(T, top_k).sum(1).cumsum(0)[:-1]])[:T]
+            row_N = row_N[has_row_N]
+        if len(row_N) and y_RD.shape[1]:
+            return functional.embedding_bag(row_N, y_RD.contiguous(), ends_T, mode="sum")
+        return y_RD.new_zeros(T, y_RD.shape[1])
+    y_TKD = _rows_by_token(y_RD, plan)
+    return y_TKD.sum(1, dtype=torch.promote_types(y_RD.dtype, torch.float32)).to(y_RD.dtype)
+
+
+_BAG_DTYPES = (torch.float32, torch.bfloat16)
+"""For which the CPU has a fast kernel that gathers and sums in one go, in fp32."""
+
+
+def _rows_by_token(rows_RD: Tensor, plan: Permutation) -> Tensor:
     """[R, D] -> [T, K, D], zero where an assignment has no row."""
     num_rows, D = rows_RD.shape
     is_complete = not plan.has_gaps and num_rows == plan.row_TK.numel()
-    return _gather(rows_RD, plan.row_TK.reshape(-1), is_complete).view(*plan.row_TK.shape, D)
+    return gather(rows_RD, plan.row_TK.reshape(-1), is_complete).view(*plan.row_TK.shape, D)
 
 
-def _tokens_of_rows(x_TD: Tensor, plan: Permutation) -> Tensor:
-    """[T, D] -> [R, D], zero where a row is padding."""
-    return _gather(x_TD, plan.assignment_R // plan.row_TK.shape[1], is_complete=not plan.has_gaps)
-
-
-def _gather(rows: Tensor, index: Tensor, is_complete: bool) -> Tensor:
+def gather(rows: Tensor, index: Tensor, is_complete: bool) -> Tensor:
     """``rows[index]``, zero where an index is beyond the last row, which needs a look only if not ``is_complete``."""
     if is_complete:
         return rows.index_select(0, index)
@@ -132,11 +191,11 @@ class _Permute(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_TD: Tensor, plan: Permutation) -> Tensor:
         ctx.plan = plan
-        return _tokens_of_rows(x_TD, plan)
+        return rows_of_tokens(x_TD, plan)
 
     @staticmethod
     def backward(ctx: Any, grad_RD: Tensor) -> tuple[Tensor, None]:
-        return _rows_of_tokens(grad_RD, ctx.plan).sum(1), None
+        return sum_of_rows(grad_RD, ctx.plan), None
 
 
 class _Unpermute(torch.autograd.Function):
@@ -144,27 +203,20 @@ class _Unpermute(torch.autograd.Function):
     def forward(ctx: Any, y_RD: Tensor, topk_scores_TK: Tensor, plan: Permutation) -> Tensor:
         ctx.save_for_backward(y_RD, topk_scores_TK)
         ctx.plan = plan
-        y_TKD = _rows_of_tokens(y_RD, plan)
+        if kernels := kernels_for(y_RD):
+            summed: Tensor = kernels.sum_rows(y_RD, plan.row_TK, topk_scores_TK)
+            return summed
+        y_TKD = _rows_by_token(y_RD, plan)
         return (y_TKD * topk_scores_TK.unsqueeze(-1)).sum(1).to(y_RD.dtype)
 
     @staticmethod
     def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor, Tensor, None]:
         y_RD, topk_scores_TK = ctx.saved_tensors
-        grad_RD = _tokens_of_rows(grad_TD, ctx.plan)
-        scores_R1 = _gather(topk_scores_TK.reshape(-1, 1), ctx.plan.assignment_R, is_complete=not ctx.plan.has_gaps)
-        y_TKD = _rows_of_tokens(y_RD, ctx.plan)
+        if kernels := kernels_for(y_RD):
+            return *kernels.unpermute_backward(grad_TD, y_RD, topk_scores_TK, ctx.plan.assignment_R), None
+        grad_RD = rows_of_tokens(grad_TD, ctx.plan)
+        scores_R1 = gather(topk_scores_TK.reshape(-1, 1), ctx.plan.assignment_R, is_complete=not ctx.plan.has_gaps)
+        y_TKD = _rows_by_token(y_RD, ctx.plan)
         # Multiplying in the scores' dtype keeps the router's gradient in fp32 when y is bf16.
         grad_scores_TK = (y_TKD.to(topk_scores_TK.dtype) * grad_TD.unsqueeze(1)).sum(-1)
         return (grad_RD * scores_R1).to(y_RD.dtype), grad_scores_TK.to(topk_scores_TK.dtype), None
-
-
-class _Reorder(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, index_R: Tensor) -> Tensor:
-        ctx.save_for_backward(index_R)
-        return rows.index_select(0, index_R)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        (index_R,) = ctx.saved_tensors
-        return grad.index_select(0, torch.argsort(index_R)), None

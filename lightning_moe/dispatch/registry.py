@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
 from lightning_moe.dispatch.allgather import AllGatherDispatcher
 from lightning_moe.dispatch.alltoall import AllToAllDispatcher
 from lightning_moe.dispatch.base import Dispatcher
+from lightning_moe.dispatch.fused import FusedDispatcher
 from lightning_moe.dispatch.local import LocalDispatcher
+from lightning_moe.dispatch.tune import DispatchTuner
 from lightning_moe.parallel import ExpertGroups
 
 ALLGATHER_UP_TO = 4
@@ -16,25 +20,45 @@ ALLGATHER_UP_TO = 4
 DISPATCHERS: dict[str, type[Dispatcher[Any]]] = {
     "allgather": AllGatherDispatcher,
     "alltoall": AllToAllDispatcher,
+    "fused": FusedDispatcher,
     "local": LocalDispatcher,
 }
 """Known dispatchers; add your own under a new name."""
 
 
-def make_dispatcher(name: str, num_experts: int, groups: ExpertGroups) -> Dispatcher[Any]:
-    """The dispatcher called ``name``, or what ``auto`` stands for in these groups.
+_TUNED = ("allgather", "alltoall", "fused")
+"""What ``tune`` tries."""
 
-    ``allgather`` and ``alltoall`` also stand for ``local`` where one rank holds all experts, so that one config
-    serves a laptop and a cluster.
+_RULES = ("auto", "tune")
+"""Names that stand for a choice among dispatchers."""
+
+
+def make_dispatcher(
+    name: str, num_experts: int, groups: ExpertGroups, wire_dtype: torch.dtype | None = None
+) -> Dispatcher[Any]:
+    """The dispatcher called ``name``, or what ``auto`` stands for in these groups; ``tune`` begins with that.
+
+    ``allgather``, ``alltoall`` and ``fused`` also stand for ``local`` where one rank holds all experts, so that one
+    config serves a laptop and a cluster.
 
     Raises:
         ValueError: the name is unknown; the message lists the known.
     """
-    if name != "auto" and name not in DISPATCHERS:
-        known = ", ".join(sorted([*DISPATCHERS, "auto"]))
+    if name not in (*DISPATCHERS, *_RULES):
+        known = ", ".join(sorted([*DISPATCHERS, *_RULES]))
         raise ValueError(f"dispatcher={name!r}: unknown. Known: {known}.")
-    if groups.ep_size == 1 and name in ("auto", "allgather", "alltoall"):
+    if groups.ep_size == 1 and name in (*_RULES, *_TUNED):
         name = "local"
-    elif name == "auto":
+    elif name in _RULES:
         name = "allgather" if groups.ep_size <= ALLGATHER_UP_TO else "alltoall"
-    return DISPATCHERS[name](num_experts, groups)
+    return DISPATCHERS[name](num_experts, groups, wire_dtype)
+
+
+def make_tuner(
+    num_experts: int, groups: ExpertGroups, wire_dtype: torch.dtype | None, num_chunks: int
+) -> DispatchTuner | None:
+    """What finds the fastest dispatcher in these groups; ``None`` where one rank holds all experts."""
+    if groups.ep_size == 1:
+        return None
+    candidates = {name: make_dispatcher(name, num_experts, groups, wire_dtype) for name in _TUNED}
+    return DispatchTuner(candidates, groups, num_chunks, make_dispatcher("auto", num_experts, groups, wire_dtype))

@@ -7,17 +7,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from lightning_moe.config import Activation
-
-
-def activate(h_RG: Tensor, activation: Activation) -> Tensor:
-    """The activation between the two products, [R, G] -> [R, F]; ``swiglu`` halves the width."""
-    if activation == "swiglu":
-        gate_RF, up_RF = h_RG.chunk(2, dim=-1)
-        return functional.silu(gate_RF) * up_RF
-    return functional.gelu(h_RG) if activation == "gelu" else functional.relu(h_RG)
+from lightning_moe.nn.activation import activate
 
 
 class SharedMLP(nn.Module):

@@ -1,7 +1,7 @@
 """The experts of one rank as stacked weights.
 
-Shapes: R rows in expert order, L local experts, E experts, D model width, F expert width, G = 2F where the
-activation is gated and F where it is not.
+Shapes: A tokens that came to this rank, K experts per token, R rows in expert order, L local experts, E experts,
+D model width, F expert width, G = 2F where the activation is gated and F where it is not.
 """
 
 from __future__ import annotations
@@ -13,7 +13,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from lightning_moe.config import Activation
-from lightning_moe.nn.dense import activate
+from lightning_moe.dispatch.permute import Permutation, permute, unpermute
+from lightning_moe.nn.activation import activate
+from lightning_moe.nn.tiles import run_in_tiles
 from lightning_moe.parallel import ExpertGroups, mark_expert_parameter
 
 _ALIGNMENT = 16
@@ -96,16 +98,27 @@ class GroupedExperts(nn.Module):
             if groups.on_expert_parameter is not None:
                 groups.on_expert_parameter(weight)
 
-    def forward(self, x_RD: Tensor, tokens_per_expert_L: Tensor) -> Tensor:
-        """Runs every expert on its rows, [R, D] -> [R, D]; no rows at all keep the graph connected."""
+    def forward(self, x_AD: Tensor, weights_AK: Tensor, plan: Permutation) -> Tensor:
+        """Weighted sum of every token's experts on this rank, [A, D] -> [A, D], in the dtype of ``x``.
+
+        On a CPU in tiles that stay in its cache, elsewhere in two grouped matrix products.
+
+        Args:
+            x_AD: Tokens, in any order; none at all keep the graph connected.
+            weights_AK: Weights of their experts' outputs.
+            plan: Which row of which expert every assignment gets.
+        """
         w1: Tensor = self.w1
         w2: Tensor = self.w2
-        device_type = x_RD.device.type
+        dtype, device_type = x_AD.dtype, x_AD.device.type
         if torch.is_autocast_enabled(device_type):  # grouped_mm is on no autocast list
-            dtype = torch.get_autocast_dtype(device_type)
-            x_RD, w1, w2 = x_RD.to(dtype), w1.to(dtype), w2.to(dtype)
-        h_RG = grouped_linear(x_RD, w1, tokens_per_expert_L)
-        return grouped_linear(activate(h_RG, self.activation), w2, tokens_per_expert_L)
+            narrow = torch.get_autocast_dtype(device_type)
+            x_AD, w1, w2 = x_AD.to(narrow), w1.to(narrow), w2.to(narrow)
+        if device_type == "cpu" and not torch.compiler.is_compiling():
+            return run_in_tiles(x_AD, weights_AK, plan, w1, w2, self.activation).to(dtype)
+        h_RG = grouped_linear(permute(x_AD, plan), w1, plan.rows_E)
+        y_RD = grouped_linear(activate(h_RG, self.activation), w2, plan.rows_E)
+        return unpermute(y_RD, weights_AK, plan).to(dtype)
 
     def extra_repr(self) -> str:
         """Shows which experts are here."""

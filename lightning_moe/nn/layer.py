@@ -15,7 +15,7 @@ from lightning.fabric.utilities.rank_zero import rank_zero_only
 from torch import Tensor, nn
 
 from lightning_moe.config import MoEConfig
-from lightning_moe.dispatch import make_dispatcher
+from lightning_moe.dispatch import Dispatcher, FixedShape, make_dispatcher, make_tuner
 from lightning_moe.nn.dense import ResidualMLP, SharedMLP
 from lightning_moe.nn.experts import GroupedExperts
 from lightning_moe.nn.placing import place
@@ -65,7 +65,7 @@ class MoE(nn.Module):
         self.groups = groups_in_scope()
         self.tap = RoutingTap()
         intermediate_size = config.intermediate_size or 4 * hidden_size
-        self.dispatcher = make_dispatcher(config.dispatcher, config.num_experts, self.groups)
+        self._bind_dispatcher(self.groups)
         self.router: Router = make_router(hidden_size, config)
         self.experts = GroupedExperts(
             hidden_size, intermediate_size, config.num_experts, config.activation, self.groups
@@ -79,6 +79,20 @@ class MoE(nn.Module):
         )
         self.residual = ResidualMLP(hidden_size, intermediate_size, config.activation) if config.residual else None
         self._warn_of_settings(causal)
+
+    def _bind_dispatcher(self, groups: ExpertGroups) -> None:
+        config = self.config
+        wire_dtype = None if config.dispatch_dtype is None else getattr(torch, config.dispatch_dtype)
+        self._dispatcher = make_dispatcher(config.dispatcher, config.num_experts, groups, wire_dtype)
+        self.tuner = None
+        if config.dispatcher == "tune":
+            self.tuner = make_tuner(config.num_experts, groups, wire_dtype, config.overlap_chunks)
+        self._agreed_shape: FixedShape | None = None
+
+    @property
+    def dispatcher(self) -> Dispatcher[Any]:
+        """What moves tokens to their experts and back."""
+        return self._dispatcher if self.tuner is None else self.tuner.current
 
     def _warn_of_settings(self, causal: bool) -> None:
         config = self.config
@@ -124,7 +138,7 @@ class MoE(nn.Module):
                 )
             self.experts.shard_(groups)
         self.experts.mark(groups)
-        self.dispatcher = make_dispatcher(self.config.dispatcher, self.num_experts, groups)
+        self._bind_dispatcher(groups)
         self.groups = groups
 
     # Dynamo can trace neither uneven collectives nor the tap, so that this is one graph break a layer.
@@ -147,17 +161,23 @@ class MoE(nn.Module):
         if tokens.valid_T is not None:
             x_TD = x_TD.masked_fill(~tokens.valid_T.unsqueeze(1), 0)  # no NaN of padding may come near a gradient
         chosen: Routing = without_padding(self.router(x_TD, tokens), tokens)
-        routing, shape = place(chosen, tokens, self.router, self.dispatcher)
-        state = self.dispatcher.dispatch(
-            x_TD, routing.topk_ids_TK, routing.topk_scores_TK.float(), routing.kept_TK, shape
-        )
-        y_RD = self.experts(state.x_RD, state.tokens_per_expert_L)
-        y_TD = self.dispatcher.combine(y_RD, state)
-        if self.training:
+        dispatcher = self.dispatcher
+        routing, shape = place(chosen, tokens, self.router, dispatcher, self._agreed_shape)
+        self._agreed_shape = shape
+        tie = self.tap.prepare(chosen, routing, tokens) if self.training else None
+        routes = dispatcher.plan(routing.topk_ids_TK, routing.kept_TK, shape, self.config.overlap_chunks)
+        travelling = x_TD, routing.topk_scores_TK.float()
+        if self.tuner is not None:
+            travelling = self.tuner.watch(routing.topk_ids_TK, routing.kept_TK, shape, *travelling)
+        arriving = dispatcher.dispatch(*travelling, routes)
+        shared_TD = None if self.shared_mlp is None else self.shared_mlp(x_TD)  # while tokens travel
+        leaving = [dispatcher.combine(self.experts(part.x_AD, part.weights_AK, part.plan), part) for part in arriving]
+        y_TD = leaving[0].wait() if len(leaving) == 1 else torch.cat([part.wait() for part in leaving])
+        if tie is not None:
             self._warn_if_unbalanced(chosen)
-            y_TD = self.tap(y_TD, chosen, routing, tokens)
-        if self.shared_mlp is not None:
-            y_TD = y_TD + self.shared_mlp(x_TD)
+            y_TD = tie(y_TD)
+        if shared_TD is not None:
+            y_TD = y_TD + shared_TD
         if self.residual is not None:
             y_TD = self.residual(x_TD, y_TD)
         return y_TD.to(x.dtype).view_as(x)

@@ -18,7 +18,7 @@ from lightning_moe.nn.tokens import Tokens
 
 
 def place(
-    chosen: Routing, tokens: Tokens, router: Router, dispatcher: Dispatcher[Any]
+    chosen: Routing, tokens: Tokens, router: Router, dispatcher: Dispatcher[Any], agreed: FixedShape | None = None
 ) -> tuple[Routing, FixedShape | None]:
     """Decides which assignments get a row, and of which expert. Collective over the EP group where it has a capacity.
 
@@ -27,11 +27,17 @@ def place(
         tokens: The tokens.
         router: Its config has the capacity and what happens above it.
         dispatcher: Knows the EP group, whose ranks agree on one capacity.
+        agreed: The shape of an earlier pass, for the capture of a CUDA graph, in which nobody can wait for an answer.
 
     Returns:
         The routing with ``kept_TK``, and the shape to pad to, where the config asks for it.
+
+    Raises:
+        RuntimeError: a CUDA graph is captured of what cannot be.
     """
     config = router.config
+    if is_capturing():
+        _check_capture(router, tokens, agreed)
     if router.fits_capacity:
         return _cut_off_unused(chosen, tokens, router, dispatcher)
     factor = config.capacity_factor if tokens.training else config.eval_capacity_factor
@@ -43,8 +49,29 @@ def place(
     routing = _within(expert_capacity(largest_valid, *settings), chosen, tokens, router)
     if not config.pad_to_capacity:
         return routing, None
+    if is_capturing():
+        return routing, agreed
     num_tokens = int(largest)  # the layer's one host synchronisation: with a fixed shape dispatchers need none
     return routing, FixedShape(num_tokens, int(expert_capacity(num_tokens, *settings)))
+
+
+def is_capturing() -> bool:
+    """Whether a CUDA graph is being captured."""
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+
+
+def _check_capture(router: Router, tokens: Tokens, agreed: FixedShape | None) -> None:
+    if router.fits_capacity or not router.config.pad_to_capacity:
+        what = f"router={router.config.router!r}" if router.fits_capacity else "pad_to_capacity=False"
+        raise RuntimeError(
+            f"{what}: a CUDA graph cannot hold an MoE layer whose sizes depend on the routing. Use router='topk' with "
+            "a capacity_factor and pad_to_capacity=True, or leave the layer out of the graph."
+        )
+    if agreed is None or tokens.num_tokens > agreed.num_tokens:
+        raise RuntimeError(
+            f"{tokens.num_tokens} tokens: a CUDA graph is captured, in which ranks cannot agree on a number of tokens. "
+            "Run the layer on a batch of this size before, on all ranks, as a capture wants anyway."
+        )
 
 
 def _cut_off_unused(

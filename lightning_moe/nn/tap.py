@@ -99,17 +99,19 @@ class RoutingTap:
         """Forgets the micro-batches of the optimizer step before."""
         self._counts_of_step = 0
 
-    def __call__(self, y_TD: Tensor, chosen: Routing, placed: Routing, tokens: Tokens) -> Tensor:
-        """Ties the losses to the layer's output, whose values stay as they are.
+    def prepare(self, chosen: Routing, placed: Routing, tokens: Tokens) -> Callable[[Tensor], Tensor]:
+        """Takes the losses, for what it returns to tie them to the layer's output, whose values stay as they are.
+
+        Before tokens are dispatched, so that activation checkpointing, which recomputes up to the last tensor that
+        backward needs, has no need to compute and send back the experts' outputs again.
 
         Args:
-            y_TD: Where backward enters the layer.
             chosen: What the router chose.
             placed: What became of it under a capacity.
             tokens: The tokens.
         """
-        if not (self.in_use and y_TD.requires_grad):
-            return y_TD
+        if not (self.in_use and torch.is_grad_enabled()):
+            return _untied
         # Nothing here may depend on the weights: those of this micro-batch come after its forward.
         length = tokens.sequence_length if self.scope == "sequence" else None
         probs_TE = chosen.scores_TE if chosen.probs_TE is None else chosen.probs_TE
@@ -131,7 +133,14 @@ class RoutingTap:
             counts_GE.sum(0),
             *_dropped_and_rerouted(chosen, placed),
         )
-        return _Tie.apply(y_TD, probs_GE, z, importance, load, self, counts_GE, stats)
+
+        def tie(y_TD: Tensor) -> Tensor:
+            if not y_TD.requires_grad:
+                return y_TD
+            tied: Tensor = _Tie.apply(y_TD, probs_GE, z, importance, load, self, counts_GE, stats)
+            return tied
+
+        return tie
 
     def shares_of(self, counts_GE: Tensor) -> Tensor:
         """The counts over which f is taken. Collective over the ranks with other data for ``global_batch``."""
@@ -140,6 +149,10 @@ class RoutingTap:
         total_GE = counts_GE if self.sum_over_ranks is None else self.sum_over_ranks(counts_GE)
         self._counts_of_step = self._counts_of_step + total_GE
         return self._counts_of_step
+
+
+def _untied(y_TD: Tensor) -> Tensor:
+    return y_TD
 
 
 def _dropped_and_rerouted(chosen: Routing, placed: Routing) -> tuple[Tensor, Tensor]:
@@ -168,14 +181,13 @@ class _Tie(torch.autograd.Function):
     ) -> Tensor:
         ctx.tap, ctx.stats = tap, stats
         ctx.dtypes = z.dtype, importance.dtype, load.dtype
-        ctx.save_for_backward(probs_GE, counts_GE)
+        ctx.probs_GE, ctx.counts_GE = probs_GE.detach(), counts_GE  # not saved_tensors: see prepare
         return y_TD.view_as(y_TD)
 
     @staticmethod
     def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor | None, ...]:
         tap: RoutingTap = ctx.tap
-        probs_GE, counts_GE = ctx.saved_tensors
-        counts_GE = tap.shares_of(counts_GE)
+        probs_GE, counts_GE = ctx.probs_GE, tap.shares_of(ctx.counts_GE)
         stats = replace(ctx.stats, load_balancing_loss=balance_of(probs_GE, counts_GE))
         for observe in tap.observers:
             observe(stats)

@@ -1,13 +1,14 @@
-"""Collectives that autograd can go through; each one's backward is the opposite collective.
+"""Collectives that are started now and waited for later, and journeys that autograd can follow.
 
-``torch.distributed.nn.functional`` has them for NCCL, but its all-gather has no backward on gloo.
-Every rank of the group must call them the same number of times, in forward and in backward.
+Every rank of the group must start them in the same order and equally often, in forward and in backward.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Generic, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -17,56 +18,28 @@ from torch import Tensor
 _all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter_single = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
-
-class _AllToAll(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        rows: Tensor,
-        output_splits: Sequence[int],
-        input_splits: Sequence[int],
-        group: dist.ProcessGroup,
-    ) -> Tensor:
-        ctx.splits, ctx.group = (output_splits, input_splits), group
-        received = rows.new_empty((sum(output_splits), *rows.shape[1:]))
-        dist.all_to_all_single(received, rows.contiguous(), list(output_splits), list(input_splits), group=group)
-        return received
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        output_splits, input_splits = ctx.splits
-        return _AllToAll.apply(grad, input_splits, output_splits, ctx.group), None, None, None
+T = TypeVar("T")
+U = TypeVar("U")
 
 
-class _AllGather(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, group: dist.ProcessGroup) -> Tensor:
-        ctx.group = group
-        gathered = rows.new_empty((rows.shape[0] * group.size(), *rows.shape[1:]))
-        _all_gather_single(gathered, rows.contiguous(), group=group)
-        return gathered
+@dataclass(frozen=True)
+class Pending(Generic[T]):
+    """A result that is on its way.
 
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return _ReduceScatter.apply(grad, ctx.group), None
+    Args:
+        wait: Returns it when it is there; called once.
+    """
 
+    wait: Callable[[], T]
 
-class _ReduceScatter(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, group: dist.ProcessGroup) -> Tensor:
-        ctx.group = group
-        summed = rows.new_empty((rows.shape[0] // group.size(), *rows.shape[1:]))
-        _reduce_scatter_single(summed, rows.contiguous(), group=group)
-        return summed
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return _AllGather.apply(grad, ctx.group), None
+    def then(self, finish: Callable[[T], U]) -> Pending[U]:
+        """What ``finish`` makes of it once it is there."""
+        return Pending(lambda: finish(self.wait()))
 
 
-def all_to_all(
+def start_all_to_all(
     rows: Tensor, output_splits: Sequence[int], input_splits: Sequence[int], group: dist.ProcessGroup
-) -> Tensor:
+) -> Pending[Tensor]:
     """Sends ``input_splits[p]`` rows to every peer p and receives ``output_splits[p]`` rows from it.
 
     Args:
@@ -78,14 +51,86 @@ def all_to_all(
     Returns:
         [sum(output_splits), ...], ordered by source.
     """
-    return _AllToAll.apply(rows, output_splits, input_splits, group)
+    rows = rows.contiguous()
+    received = rows.new_empty((sum(output_splits), *rows.shape[1:]))
+    work = dist.all_to_all_single(received, rows, [*output_splits], [*input_splits], group=group, async_op=True)
+    return _pending(work, received, rows)
+
+
+def start_all_gather(rows: Tensor, group: dist.ProcessGroup) -> Pending[Tensor]:
+    """Rows of every rank, [P, ...] -> [size * P, ...]; P must be the same on every rank."""
+    rows = rows.contiguous()
+    gathered = rows.new_empty((rows.shape[0] * group.size(), *rows.shape[1:]))
+    return _pending(_all_gather_single(gathered, rows, group=group, async_op=True), gathered, rows)
+
+
+def start_reduce_scatter(rows: Tensor, group: dist.ProcessGroup) -> Pending[Tensor]:
+    """Sum over the ranks, each keeping its share, [size * P, ...] -> [P, ...]."""
+    rows = rows.contiguous()
+    summed = rows.new_empty((rows.shape[0] // group.size(), *rows.shape[1:]))
+    return _pending(_reduce_scatter_single(summed, rows, group=group, async_op=True), summed, rows)
 
 
 def all_gather(rows: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """Rows of every rank, [P, ...] -> [size * P, ...]; P must be the same on every rank."""
-    return _AllGather.apply(rows, group)
+    """As :func:`start_all_gather`, waited for."""
+    return start_all_gather(rows, group).wait()
 
 
-def reduce_scatter(rows: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """Sum over the ranks, each keeping its share, [size * P, ...] -> [P, ...]."""
-    return _ReduceScatter.apply(rows, group)
+def _pending(work: dist.Work, result: Tensor, sent: Tensor) -> Pending[Tensor]:
+    def wait(sent: Tensor = sent) -> Tensor:  # what is sent has to live until it is
+        work.wait()
+        return result
+
+    return Pending(wait)
+
+
+Leg = Callable[..., Pending[tuple[Tensor, ...]]]
+"""One way of a journey: starts with some tensors, and arrives with others."""
+
+
+def travel(there: Leg, back: Leg, *tensors: Tensor) -> Pending[tuple[Tensor, ...]]:
+    """Starts a journey whose gradients travel the other way.
+
+    In backward, the way back is started where the arrival was waited for, and waited for where the journey began:
+    what was computed meanwhile in forward has its backward meanwhile, too.
+
+    Args:
+        there: Called now with ``tensors``. What of its result is not floating-point has no gradient.
+        back: Called in backward with the gradients of the floating-point part of that; arrives with those of
+            ``tensors``.
+        *tensors: What sets out.
+    """
+    if not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)):
+        return there(*tensors)
+    luggage: list[Pending[tuple[Tensor, ...]]] = []
+    token: Tensor = _SetOut.apply(there, luggage, *tensors)
+    return Pending(partial(_Arrive.apply, token, back, luggage))
+
+
+class _SetOut(torch.autograd.Function):
+    """Returns a token for the arrival to depend on: what is still on its way must not be touched."""
+
+    @staticmethod
+    def forward(ctx: Any, there: Leg, luggage: list[Pending[tuple[Tensor, ...]]], *tensors: Tensor) -> Tensor:
+        luggage.append(there(*tensors))
+        ctx.luggage = luggage
+        return torch.zeros((), device=tensors[0].device)
+
+    @staticmethod
+    def backward(ctx: Any, _: Tensor) -> tuple[Tensor | None, ...]:
+        return None, None, *ctx.luggage.pop().wait()
+
+
+class _Arrive(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, token: Tensor, back: Leg, luggage: list[Pending[tuple[Tensor, ...]]]) -> tuple[Tensor, ...]:
+        arrived = luggage.pop().wait()
+        ctx.back, ctx.luggage, ctx.device = back, luggage, token.device
+        ctx.has_gradient = [tensor.is_floating_point() for tensor in arrived]
+        ctx.mark_non_differentiable(*(tensor for tensor in arrived if not tensor.is_floating_point()))
+        return arrived
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        ctx.luggage.append(ctx.back(*(grad for grad, has in zip(grads, ctx.has_gradient, strict=True) if has)))
+        return torch.zeros((), device=ctx.device), None, None

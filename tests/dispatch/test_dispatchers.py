@@ -13,10 +13,13 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.testing import assert_close
 
-from lightning_moe.dispatch import DISPATCHERS, make_dispatcher
+from lightning_moe.dispatch import DISPATCHERS, Dispatcher, FixedShape, make_dispatcher
 from lightning_moe.dispatch.allgather import AllGatherDispatcher
 from lightning_moe.dispatch.alltoall import AllToAllDispatcher
+from lightning_moe.dispatch.base import Dispatched
+from lightning_moe.dispatch.fused import FusedDispatcher
 from lightning_moe.dispatch.local import LocalDispatcher
+from lightning_moe.dispatch.permute import permute, unpermute
 from lightning_moe.nn import GroupedExperts
 from lightning_moe.parallel import SINGLE_RANK, ExpertGroups, Topology
 from lightning_moe.parallel.groups import new_expert_groups
@@ -36,7 +39,8 @@ CASES = [
 ]
 
 layouts = pytest.mark.parametrize(("world", "ep_size"), LAYOUTS)
-names = pytest.mark.parametrize("name", ["allgather", "alltoall"])
+NAMES = ["allgather", "alltoall", "fused"]
+names = pytest.mark.parametrize("name", NAMES)
 cases = pytest.mark.parametrize("case", CASES)
 
 
@@ -49,7 +53,32 @@ def groups_of(ep_size: int) -> ExpertGroups:
 def warm_up(ep_size: int) -> None:
     dispatcher = make_dispatcher("auto", E, groups_of(ep_size))
     ids = torch.zeros(1, 1, dtype=torch.long)
-    dispatcher.dispatch(torch.zeros(1, D), ids, torch.ones(1, 1), None)
+    send(dispatcher, torch.zeros(1, D), ids, torch.ones(1, 1), None)
+
+
+Part = Dispatched[Any]
+Work = Callable[[Part], Tensor]
+
+
+def send(
+    dispatcher: Dispatcher[Any],
+    x_TD: Tensor,
+    ids_TK: Tensor,
+    scores_TK: Tensor,
+    kept_TK: Tensor | None,
+    shape: FixedShape | None = None,
+    chunks: int = 1,
+) -> list[Part]:
+    return list(dispatcher.dispatch(x_TD, scores_TK, dispatcher.plan(ids_TK, kept_TK, shape, chunks)))
+
+
+def bring_back(dispatcher: Dispatcher[Any], parts: list[Part], work: Work) -> Tensor:
+    return torch.cat([part.wait() for part in [dispatcher.combine(work(part), part) for part in parts]])
+
+
+def identity(part: Part) -> Tensor:
+    """Experts that return their input."""
+    return unpermute(permute(part.x_AD, part.plan), part.weights_AK, part.plan)
 
 
 def routes(case: str, rank: int, ep_size: int, top_k: int) -> tuple[Tensor, Tensor | None, torch.Generator]:
@@ -73,15 +102,16 @@ def routes(case: str, rank: int, ep_size: int, top_k: int) -> tuple[Tensor, Tens
     return ids_TK, kept_TK, generator
 
 
-def there_and_back(name: str, ep_size: int, case: str, dtype: torch.dtype) -> None:
+def there_and_back(name: str, ep_size: int, case: str, dtype: torch.dtype, chunks: int) -> None:
     """Identity experts and the weight 1: bit for bit what was sent, the gradient too."""
     ids_T1, kept_T1, generator = routes(case, dist.get_rank(), ep_size, top_k=1)
     dispatcher = make_dispatcher(name, E, groups_of(ep_size))
     num_tokens = len(ids_T1)
     x = torch.randn(num_tokens, D, generator=generator).to(dtype).requires_grad_()
-    state = dispatcher.dispatch(x, ids_T1, torch.ones(num_tokens, 1), kept_T1)
-    assert state.x_RD.dtype == dtype
-    y = dispatcher.combine(state.x_RD, state)
+    parts = send(dispatcher, x, ids_T1, torch.ones(num_tokens, 1), kept_T1, chunks=chunks)
+    assert len(parts) == (1 if name == "local" else chunks)
+    assert all(part.x_AD.dtype == dtype for part in parts)
+    y = bring_back(dispatcher, parts, identity)
     kept = torch.ones(num_tokens, 1) if kept_T1 is None else kept_T1
     assert y.dtype == dtype
     assert torch.equal(y, x * kept.to(dtype))
@@ -94,13 +124,13 @@ def there_and_back(name: str, ep_size: int, case: str, dtype: torch.dtype) -> No
 @layouts
 @names
 @cases
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("dtype", "chunks"), [(torch.float32, 1), (torch.bfloat16, 1), (torch.float32, 3)], ids=str)
 def test_identity_experts_return_the_input_bit_for_bit(
-    world: int, ep_size: int, name: str, case: str, dtype: torch.dtype, get_pool: Callable[..., RankPool]
+    world: int, ep_size: int, name: str, case: str, dtype: torch.dtype, chunks: int, get_pool: Callable[..., RankPool]
 ) -> None:
     pool = get_pool(world)
     pool.run(warm_up, ep_size)
-    pool.run(there_and_back, name, ep_size, case, dtype, timeout=LIMIT)
+    pool.run(there_and_back, name, ep_size, case, dtype, chunks, timeout=LIMIT)
 
 
 @cases
@@ -108,7 +138,7 @@ def test_identity_experts_return_the_input_bit_for_bit(
 def test_identity_experts_on_ranks_that_hold_all(
     case: str, dtype: torch.dtype, get_pool: Callable[..., RankPool]
 ) -> None:
-    get_pool(2).run(there_and_back, "local", 1, case, dtype)
+    get_pool(2).run(there_and_back, "local", 1, case, dtype, 2)
 
 
 def arrivals(name: str, ep_size: int, case: str, top_k: int) -> list[list[tuple[int, int]]]:
@@ -118,10 +148,9 @@ def arrivals(name: str, ep_size: int, case: str, top_k: int) -> list[list[tuple[
     token_T = torch.arange(len(ids_TK))
     x_T4 = torch.stack([torch.full_like(token_T, rank), token_T, token_T, token_T], dim=1).float()
     dispatcher = make_dispatcher(name, E, groups_of(ep_size))
-    state = dispatcher.dispatch(x_T4, ids_TK, torch.ones(ids_TK.shape), kept_TK)
-    assert len(state.tokens_per_expert_L) == E // ep_size
-    assert int(state.tokens_per_expert_L.sum()) == len(state.x_RD)
-    runs = state.x_RD.split(state.tokens_per_expert_L.tolist())
+    (state,) = send(dispatcher, x_T4, ids_TK, torch.ones(ids_TK.shape), kept_TK)
+    assert len(state.plan.tokens_per_expert_E) == E // ep_size
+    runs = permute(state.x_AD, state.plan).split(state.plan.tokens_per_expert_E.tolist())
     return [[(int(row[0]), int(row[1])) for row in run] for run in runs]
 
 
@@ -154,7 +183,7 @@ def make_experts(groups: ExpertGroups) -> GroupedExperts:
     return GroupedExperts(D, F, E, "swiglu", groups)
 
 
-def through_experts(name: str, ep_size: int, case: str) -> None:
+def through_experts(name: str, ep_size: int, case: str, chunks: int) -> None:
     """Against the local dispatcher with whole experts in float64 on the same tokens; weight gradients are summed."""
     rank, groups = dist.get_rank(), groups_of(ep_size)
     ids_TK, kept_TK, generator = routes(case, rank, ep_size, top_k=2)
@@ -166,8 +195,8 @@ def through_experts(name: str, ep_size: int, case: str) -> None:
         experts = make_experts(groups).to(dtype)
         x, scores = (value.to(dtype, copy=True).requires_grad_() for value in (x_TD, scores_TK))
         dispatcher = make_dispatcher(name, E, groups)
-        state = dispatcher.dispatch(x, ids_TK, scores, kept_TK)
-        y = dispatcher.combine(experts(state.x_RD, state.tokens_per_expert_L), state)
+        parts = send(dispatcher, x, ids_TK, scores, kept_TK, chunks=chunks)
+        y = bring_back(dispatcher, parts, lambda part: experts(part.x_AD, part.weights_AK, part.plan))
         y.backward(upstream_TD.to(dtype))
         grads = {"x": x.grad, "scores": scores.grad, "w1": experts.w1.grad, "w2": experts.w2.grad}
         assert all(grad is not None for grad in grads.values()), "the graph was cut"
@@ -188,10 +217,11 @@ def through_experts(name: str, ep_size: int, case: str) -> None:
 @layouts
 @names
 @cases
+@pytest.mark.parametrize("chunks", [1, 2])
 def test_with_experts_as_one_process(
-    world: int, ep_size: int, name: str, case: str, get_pool: Callable[..., RankPool]
+    world: int, ep_size: int, name: str, case: str, chunks: int, get_pool: Callable[..., RankPool]
 ) -> None:
-    get_pool(world).run(through_experts, name, ep_size, case, timeout=LIMIT)
+    get_pool(world).run(through_experts, name, ep_size, case, chunks, timeout=LIMIT)
 
 
 def in_bf16(name: str, ep_size: int) -> None:
@@ -202,8 +232,8 @@ def in_bf16(name: str, ep_size: int) -> None:
     outputs = []
     for name_, groups_, dtype in ((name, groups, torch.bfloat16), ("local", SINGLE_RANK, torch.float64)):
         dispatcher = make_dispatcher(name_, E, groups_)
-        state = dispatcher.dispatch(x_TD.bfloat16().to(dtype), ids_TK, scores_TK, None)
-        outputs.append(dispatcher.combine(state.x_RD * 2, state))
+        parts = send(dispatcher, x_TD.bfloat16().to(dtype), ids_TK, scores_TK, None)
+        outputs.append(bring_back(dispatcher, parts, lambda part: 2 * identity(part)))
         assert outputs[-1].dtype == dtype
     # Each rank's share is rounded before the shares are summed: three roundings of 2^-9 at most.
     assert_close(outputs[0].double(), outputs[1], rtol=2**-7, atol=2**-7)
@@ -240,15 +270,15 @@ def state_is_frozen_and_dispatcher_unchanged(name: str, ep_size: int) -> None:
     before = dict(vars(dispatcher))
     ids_TK, kept_TK, generator = routes("dropped", dist.get_rank(), ep_size, top_k=2)
     x, scores = torch.randn(len(ids_TK), D, generator=generator), torch.ones(ids_TK.shape)
-    first = dispatcher.dispatch(x, ids_TK, scores, kept_TK)
-    second = dispatcher.dispatch(-2 * x, ids_TK.flip(0), scores, None)
+    first = send(dispatcher, x, ids_TK, scores, kept_TK)
+    second = send(dispatcher, -2 * x, ids_TK.flip(0), scores, None)
     # Interleaved calls do not disturb each other, because nothing is kept on the dispatcher.
     kept = cast(Tensor, kept_TK).sum(1, keepdim=True)
-    assert_close(dispatcher.combine(second.x_RD, second), -4 * x, rtol=1e-6, atol=1e-6)
-    assert_close(dispatcher.combine(first.x_RD, first), kept * x, rtol=1e-6, atol=1e-6)
+    assert_close(bring_back(dispatcher, second, identity), -4 * x, rtol=1e-6, atol=1e-6)
+    assert_close(bring_back(dispatcher, first, identity), kept * x, rtol=1e-6, atol=1e-6)
     assert vars(dispatcher) == before
     with pytest.raises(AttributeError):
-        first.x_RD = x
+        first[0].x_AD = x  # type: ignore[misc]
 
 
 @names
@@ -269,9 +299,11 @@ def fake_groups(ep_size: int) -> ExpertGroups:
         ("auto", 8, AllToAllDispatcher),
         ("allgather", 1, LocalDispatcher),
         ("alltoall", 1, LocalDispatcher),
+        ("fused", 1, LocalDispatcher),
         ("local", 1, LocalDispatcher),
         ("allgather", 8, AllGatherDispatcher),
         ("alltoall", 2, AllToAllDispatcher),
+        ("fused", 2, FusedDispatcher),
     ],
 )
 def test_choice_by_name(name: str, ep_size: int, expected: type) -> None:
@@ -281,7 +313,7 @@ def test_choice_by_name(name: str, ep_size: int, expected: type) -> None:
 
 
 def test_an_unknown_name_lists_the_known() -> None:
-    message = "dispatcher='fancy': unknown. Known: allgather, alltoall, auto, local."
+    message = "dispatcher='fancy': unknown. Known: allgather, alltoall, auto, fused, local."
     for groups in (SINGLE_RANK, fake_groups(2)):
         with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
             make_dispatcher("fancy", 4, groups)
@@ -293,7 +325,7 @@ def test_a_registered_name_is_found_and_listed(monkeypatch: pytest.MonkeyPatch) 
 
     monkeypatch.setitem(DISPATCHERS, "mine", Mine)
     assert type(make_dispatcher("mine", 4, SINGLE_RANK)) is Mine
-    with pytest.raises(ValueError, match=r"Known: allgather, alltoall, auto, local, mine\.$"):
+    with pytest.raises(ValueError, match=r"Known: allgather, alltoall, auto, fused, local, mine\.$"):
         make_dispatcher("fancy", 4, SINGLE_RANK)
 
 
@@ -306,7 +338,7 @@ def test_local_is_refused_where_the_experts_are_spread() -> None:
         make_dispatcher("local", 4, fake_groups(2))
 
 
-@pytest.mark.parametrize("dispatcher", [AllGatherDispatcher, AllToAllDispatcher])
+@pytest.mark.parametrize("dispatcher", [AllGatherDispatcher, AllToAllDispatcher, FusedDispatcher])
 def test_no_process_group_is_refused(dispatcher: type[Any]) -> None:
     message = (
         "dispatcher: this one needs an expert-parallel process group, and the layer has none. "
@@ -316,7 +348,7 @@ def test_no_process_group_is_refused(dispatcher: type[Any]) -> None:
         dispatcher(4, ExpertGroups(ep_size=2))
 
 
-@pytest.mark.parametrize("name", ["allgather", "alltoall", "auto"])
+@pytest.mark.parametrize("name", [*NAMES, "auto"])
 def test_experts_that_do_not_divide_are_refused(name: str) -> None:
     message = (
         "num_experts=6: must be divisible by expert_parallel_size=4. Use 8 experts, or another expert_parallel_size."

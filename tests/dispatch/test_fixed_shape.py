@@ -20,9 +20,25 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lightning_moe.dispatch import FixedShape, make_dispatcher
 from lightning_moe.dispatch.permute import permute, plan_permutation, unpermute
 from lightning_moe.nn import GroupedExperts, keep_within_capacity
+from lightning_moe.nn.activation import activate
+from lightning_moe.nn.experts import grouped_linear
 from lightning_moe.parallel import SINGLE_RANK
 from lightning_moe.testing import RankPool
-from tests.dispatch.test_dispatchers import LIMIT, D, E, groups_of, layouts, make_experts, names, routes, warm_up
+from tests.dispatch.test_dispatchers import (
+    LIMIT,
+    D,
+    E,
+    Part,
+    bring_back,
+    groups_of,
+    identity,
+    layouts,
+    make_experts,
+    names,
+    routes,
+    send,
+    warm_up,
+)
 
 # (name, ids, experts, kept, rows per expert, assignment of every row, row of every assignment)
 BY_HAND: list[tuple[str, list[list[int]], int, list[list[bool]] | None, int, list[int], list[list[int]]]] = [
@@ -68,7 +84,8 @@ def test_plan_by_hand(
     plan = plan_permutation(torch.tensor(ids), num_experts, kept_TK, rows_per_expert=rows)
     assert plan.assignment_R.tolist() == assignment
     assert plan.row_TK.tolist() == row
-    assert plan.tokens_per_expert_E.tolist() == [rows] * num_experts
+    assert plan.rows_E.tolist() == [rows] * num_experts
+    assert plan.tokens_per_expert_E.tolist() == [sum(a < len(ids) * len(ids[0]) for a in assignment[e * rows :][:rows]) for e in range(num_experts)]
     assert plan.has_gaps
 
 
@@ -177,7 +194,19 @@ def no_waiting() -> Iterator[None]:
         torch.Tensor.tolist = original  # type: ignore[method-assign]
 
 
-def with_and_without(name: str, ep_size: int, case: str) -> None:
+def by_tiles(experts: GroupedExperts, part: Part) -> Tensor:
+    return experts(part.x_AD, part.weights_AK, part.plan)
+
+
+def by_rows(experts: GroupedExperts, part: Part) -> Tensor:
+    """As on an accelerator, and with something in the gaps of the experts' outputs."""
+    h_RG = grouped_linear(permute(part.x_AD, part.plan), experts.w1, part.plan.rows_E)
+    y_RD = grouped_linear(activate(h_RG, "swiglu"), experts.w2, part.plan.rows_E)
+    gap_R = part.plan.assignment_R == part.plan.row_TK.numel()
+    return unpermute(y_RD + gap_R.unsqueeze(1), part.weights_AK, part.plan)
+
+
+def with_and_without(name: str, ep_size: int, case: str, chunks: int, work: Callable[..., Tensor]) -> None:
     groups = SINGLE_RANK if name == "local" else groups_of(ep_size)
     ids_TK, kept_TK, generator = fitted(case, ep_size)
     x_TD = torch.randn(len(ids_TK), D, generator=generator)
@@ -189,13 +218,13 @@ def with_and_without(name: str, ep_size: int, case: str) -> None:
     for shape in (None, FixedShape(num_tokens, ROWS), FixedShape(num_tokens + 3, ROWS + 1)):
         experts: GroupedExperts = make_experts(groups)
         x, scores = x_TD.clone().requires_grad_(), scores_TK.clone().requires_grad_()
-        state = dispatcher.dispatch(x, ids_TK, scores, kept_TK, shape)
-        if shape is not None:
-            num_local = len(groups.local_experts(E))
-            each = shape.rows_per_expert * groups.ep_size
-            assert state.tokens_per_expert_L.tolist() == [each] * num_local
-            assert state.x_RD.shape == (each * num_local, D)
-        y = dispatcher.combine(experts(state.x_RD, state.tokens_per_expert_L) + 1, state)  # gaps are no zeros now
+        parts = send(dispatcher, x, ids_TK, scores, kept_TK, shape, chunks)
+        for part in parts if shape is not None else []:
+            num_local, per_chunk = len(groups.local_experts(E)), shape.of_chunk(len(parts))
+            each = per_chunk.rows_per_expert * groups.ep_size
+            assert part.plan.rows_E.tolist() == [each] * num_local
+            assert permute(part.x_AD, part.plan).shape == (each * num_local, D)
+        y = bring_back(dispatcher, parts, lambda part: work(experts, part))
         y.backward(upstream_TD)
         found.append({"y": y, "x": x.grad, "scores": scores.grad, "w1": experts.w1.grad, "w2": experts.w2.grad})
     for padded in found[1:]:
@@ -207,15 +236,24 @@ def with_and_without(name: str, ep_size: int, case: str) -> None:
 @layouts
 @names
 @pytest.mark.parametrize("case", CASES)
-def test_as_without(world: int, ep_size: int, name: str, case: str, get_pool: Callable[..., RankPool]) -> None:
+@pytest.mark.parametrize(("work", "chunks"), [(by_tiles, 1), (by_rows, 1), (by_tiles, 2)])
+def test_as_without(
+    world: int,
+    ep_size: int,
+    name: str,
+    case: str,
+    work: Callable[..., Tensor],
+    chunks: int,
+    get_pool: Callable[..., RankPool],
+) -> None:
     pool = get_pool(world)
     pool.run(warm_up, ep_size)
-    pool.run(with_and_without, name, ep_size, case, timeout=LIMIT)
+    pool.run(with_and_without, name, ep_size, case, chunks, work, timeout=LIMIT)
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_as_without_on_ranks_that_hold_all(case: str, get_pool: Callable[..., RankPool]) -> None:
-    get_pool(2).run(with_and_without, "local", 1, case, timeout=LIMIT)
+    get_pool(2).run(with_and_without, "local", 1, case, 1, by_rows, timeout=LIMIT)
 
 
 def arrived(name: str, ep_size: int, case: str) -> tuple[list[list[tuple[int, int]]], list[list[tuple[int, int]]]]:
@@ -257,10 +295,10 @@ def without_a_look(name: str, ep_size: int, shaped: bool) -> list[list[int]]:
         scores = torch.rand(ids_TK.shape, generator=generator, requires_grad=True)
         dispatcher = make_dispatcher(name, E, groups_of(ep_size))
         with no_waiting():
-            state = dispatcher.dispatch(x, ids_TK, scores, kept_TK, FixedShape(6, ROWS) if shaped else None)
-            y = dispatcher.combine(2 * state.x_RD, state)
+            (part,) = send(dispatcher, x, ids_TK, scores, kept_TK, FixedShape(6, ROWS) if shaped else None)
+            y = bring_back(dispatcher, [part], identity)
             y.sum().backward()
-        sizes.append([*state.x_RD.shape, *y.shape])
+        sizes.append([*part.plan.assignment_R.shape, *part.x_AD.shape, *y.shape])
     return sizes
 
 
@@ -269,7 +307,7 @@ def without_a_look(name: str, ep_size: int, shaped: bool) -> list[list[int]]:
 def test_no_size_depends_on_the_routing(world: int, ep_size: int, name: str, get_pool: Callable[..., RankPool]) -> None:
     for first, second in get_pool(world).run(without_a_look, name, ep_size, True, timeout=LIMIT):
         assert first == second
-        assert first[:2] == [E * ROWS, D]
+        assert first[0] == E * ROWS
 
 
 def refused(name: str, ep_size: int) -> None:
@@ -288,8 +326,8 @@ def test_local_knows_all_sizes_beforehand() -> None:
         x, scores = torch.randn(6, D, requires_grad=True), torch.rand(6, 2, requires_grad=True)
         ids, kept = torch.randint(E, (6, 2)), torch.rand(6, 2) < 0.5
         dispatcher = make_dispatcher("local", E, SINGLE_RANK)
-        state = dispatcher.dispatch(x, ids, scores, kept, FixedShape(6, ROWS))
-        assert state.x_RD.shape == (E * ROWS, D)
-        dispatcher.combine(state.x_RD, state).sum().backward()
+        (part,) = send(dispatcher, x, ids, scores, kept, FixedShape(6, ROWS))
+        assert permute(part.x_AD, part.plan).shape == (E * ROWS, D)
+        bring_back(dispatcher, [part], identity).sum().backward()
         with pytest.raises(DataDependentOutputException):
-            dispatcher.dispatch(x, ids, scores, kept)
+            send(dispatcher, x, ids, scores, kept)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.testing import assert_close
 
-from lightning_moe.dispatch.permute import Permutation, permute, plan_permutation, reorder, unpermute
+from lightning_moe.dispatch.permute import Permutation, permute, plan_permutation, unpermute
 
 # (name, ids, experts, kept, rows of the assignments in order, row of every assignment, rows of the experts)
 BY_HAND = [
@@ -167,13 +167,6 @@ def test_gradcheck(ids: list[list[int]], num_experts: int, kept: list[list[bool]
     scores = torch.randn(len(ids), len(ids[0]), dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda x: permute(x, plan), (x,))
     assert torch.autograd.gradcheck(lambda y, scores: unpermute(y, scores, plan), (y, scores))
-
-
-def test_reorder() -> None:
-    index = torch.tensor([2, 0, 3, 1])
-    x = torch.randn(4, 2, dtype=torch.float64, requires_grad=True)
-    assert torch.equal(reorder(x, index), torch.stack([x[2], x[0], x[3], x[1]]))
-    assert torch.autograd.gradcheck(lambda x: reorder(x, index), (x,))
 
 
 def test_dropped_tokens_get_zeros_and_no_gradient() -> None:

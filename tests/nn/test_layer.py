@@ -289,7 +289,7 @@ def test_a_wrong_width_is_refused(hidden_size: int) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"dispatcher": "fancy"}, "dispatcher='fancy': unknown. Known: allgather, alltoall, auto, local."),
+        ({"dispatcher": "fancy"}, "dispatcher='fancy': unknown. Known: allgather, alltoall, auto, fused, local, tune."),
         (
             {"router": "fancy"},
             (
