@@ -114,11 +114,8 @@ class GroupedExperts(nn.Module):
         if torch.is_autocast_enabled(device_type):  # grouped_mm is on no autocast list
             narrow = torch.get_autocast_dtype(device_type)
             x_AD, w1, w2 = x_AD.to(narrow), w1.to(narrow), w2.to(narrow)
-        if device_type == "cpu" and not torch.compiler.is_compiling():
-            return run_in_tiles(x_AD, weights_AK, plan, w1, w2, self.activation).to(dtype)
-        h_RG = grouped_linear(permute(x_AD, plan), w1, plan.rows_E)
-        y_RD = grouped_linear(activate(h_RG, self.activation), w2, plan.rows_E)
-        return unpermute(y_RD, weights_AK, plan).to(dtype)
+        run = run_in_tiles if device_type == "cpu" else run_by_rows
+        return run(x_AD, weights_AK, plan, w1, w2, self.activation).to(dtype)
 
     def extra_repr(self) -> str:
         """Shows which experts are here."""
@@ -126,6 +123,15 @@ class GroupedExperts(nn.Module):
             f"experts {self.expert_ids.start}-{self.expert_ids.stop - 1} of {self.num_experts}, "
             f"activation={self.activation}"
         )
+
+
+def run_by_rows(
+    x_AD: Tensor, weights_AK: Tensor, plan: Permutation, w1_LGD: Tensor, w2_LDF: Tensor, activation: Activation
+) -> Tensor:
+    """As :func:`~lightning_moe.nn.tiles.run_in_tiles`, all experts at once and on any device."""
+    h_RG = grouped_linear(permute(x_AD, plan), w1_LGD, plan.rows_E)
+    y_RD = grouped_linear(activate(h_RG, activation), w2_LDF, plan.rows_E)
+    return unpermute(y_RD, weights_AK, plan)
 
 
 def grouped_linear(x_RD: Tensor, weight_LGD: Tensor, rows_per_group_L: Tensor) -> Tensor:

@@ -85,7 +85,9 @@ def test_plan_by_hand(
     assert plan.assignment_R.tolist() == assignment
     assert plan.row_TK.tolist() == row
     assert plan.rows_E.tolist() == [rows] * num_experts
-    assert plan.tokens_per_expert_E.tolist() == [sum(a < len(ids) * len(ids[0]) for a in assignment[e * rows :][:rows]) for e in range(num_experts)]
+    assert plan.tokens_per_expert_E.tolist() == [
+        sum(a < len(ids) * len(ids[0]) for a in assignment[e * rows :][:rows]) for e in range(num_experts)
+    ]
     assert plan.has_gaps
 
 

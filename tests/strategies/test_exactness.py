@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -49,18 +50,16 @@ class Case:
 FULL_GRID = [
     Case(world, ep_size, stage, dispatcher, capacity, accumulate, clip)
     for (world, ep_size), stage, dispatcher, capacity, accumulate, clip in itertools.product(
-        LAYOUTS, range(4), ("allgather", "alltoall"), (None, 1.25), (1, 3), (None, 0.3)
+        LAYOUTS, range(4), ("allgather", "alltoall", "fused"), (None, 1.25), (1, 3), (None, 0.3)
     )
 ]
 
 
-def pairwise(cases: list[Case]) -> list[Case]:
-    """A small part of the grid in which every pair of values of two factors occurs, chosen greedily."""
-    names = ("stage", "dispatcher", "capacity_factor", "accumulate", "clip")
+def pairwise(cases: list[Case], factors: Callable[[Case], tuple[Any, ...]]) -> list[Case]:
+    """A small part of a grid in which every pair of values of two factors occurs, chosen greedily."""
 
     def pairs(case: Case) -> set[Any]:
-        values = [("layout", (case.world, case.ep_size)), *((name, getattr(case, name)) for name in names)]
-        return set(itertools.combinations(values, 2))
+        return set(itertools.combinations(enumerate(factors(case)), 2))
 
     missing = set().union(*(pairs(case) for case in cases))
     chosen = []
@@ -69,6 +68,10 @@ def pairwise(cases: list[Case]) -> list[Case]:
         chosen.append(best)
         missing -= pairs(best)
     return chosen
+
+
+def factors(case: Case) -> tuple[Any, ...]:
+    return (case.world, case.ep_size), case.stage, case.dispatcher, case.capacity_factor, case.accumulate, case.clip
 
 
 def fit(case: Case, aux: tuple[float, float] = (0.0, 0.0), steps: int = STEPS, size: int = 0, **toy: Any) -> Trained:
@@ -133,7 +136,7 @@ def check(case: Case, get_pool: Any, aux: tuple[float, float] = (0.0, 0.0), **to
     )
 
 
-@pytest.mark.parametrize("case", pairwise(FULL_GRID), ids=str)
+@pytest.mark.parametrize("case", pairwise(FULL_GRID, factors), ids=str)
 def test_run_is_that_of_one_process(case: Case, get_pool: Any) -> None:
     check(case, get_pool)
 

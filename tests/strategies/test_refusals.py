@@ -132,7 +132,10 @@ def with_local_dispatcher(lazy: bool) -> None:
                 "expert_parallel_size."
             ),
         ),
-        (with_unknown_dispatcher, "dispatcher='telepathy': unknown. Known: allgather, alltoall, auto, fused, local, tune."),
+        (
+            with_unknown_dispatcher,
+            "dispatcher='telepathy': unknown. Known: allgather, alltoall, auto, fused, local, tune.",
+        ),
         (
             with_local_dispatcher,
             (

@@ -1,0 +1,77 @@
+"""Every dispatcher, in parts and at once, with and without capacity and recomputation, trains as one process does."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from tests.strategies.test_exactness import Case, check, fit, pairwise
+from tests.toy import CONFIG
+
+CAPACITY: dict[str, dict[str, Any]] = {
+    "dropless": {},
+    "dropping": {"capacity_factor": 0.75, "min_capacity": 1},
+    "padded": {"capacity_factor": 0.75, "min_capacity": 1, "pad_to_capacity": True},
+}
+SGD = {"optimizer": torch.optim.SGD, "learning_rate": 0.3}
+
+
+def case_of(dispatcher: str, chunks: int, capacity: str, ep_size: int, stage: int) -> Case:
+    moe = replace(CONFIG, overlap_chunks=chunks, num_shared_experts=1, **CAPACITY[capacity])
+    return Case(4, ep_size, stage, dispatcher, accumulate=2, moe=moe)
+
+
+GRID = {
+    (case_of(dispatcher, chunks, capacity, ep_size, number % 4), recompute): None
+    for number, (dispatcher, chunks, capacity, ep_size, recompute) in enumerate(
+        itertools.product(
+            ("allgather", "alltoall", "fused", "tune"),
+            (1, 3),
+            CAPACITY,
+            (2, 4),
+            (None, "reentrant", "non-reentrant"),
+        )
+    )
+}
+
+
+def factors(case: tuple[Case, str | None]) -> tuple[Any, ...]:
+    run, recompute = case
+    capacity = run.moe.capacity_factor, run.moe.pad_to_capacity
+    return run.dispatcher, run.moe.overlap_chunks, capacity, run.ep_size, recompute
+
+
+def name(case: tuple[Case, str | None]) -> str:
+    run, recompute = case
+    return f"{run}-chunks{run.moe.overlap_chunks}-padded{run.moe.pad_to_capacity}-{recompute}"
+
+
+SOME = pairwise(list(GRID), factors)
+
+
+@pytest.mark.parametrize("case", SOME, ids=name)
+def test_run_is_that_of_one_process(case: tuple[Case, str | None], get_pool: Any) -> None:
+    check(case[0], get_pool, aux=(0.5, 0.05), recompute=case[1], **SGD)
+
+
+@pytest.mark.grid
+@pytest.mark.parametrize("case", GRID, ids=name)
+def test_run_is_that_of_one_process_everywhere(case: tuple[Case, str | None], get_pool: Any) -> None:
+    check(case[0], get_pool, aux=(0.5, 0.05), recompute=case[1], **SGD)
+
+
+def test_bf16_on_the_wire_costs_its_rounding_only(get_pool: Any) -> None:
+    exact, narrow = (
+        get_pool(4).run(fit, Case(4, 2, 1, "fused", moe=replace(CONFIG, dispatch_dtype=dtype)), **SGD)
+        for dtype in (None, "bfloat16")
+    )
+    for a, b in zip(exact, narrow, strict=True):
+        assert a.grad_norms != b.grad_norms  # it is not the same run
+        assert b.grad_norms == pytest.approx(a.grad_norms, rel=2e-2)
+        for key, weight in a.state.items():
+            assert_close(b.state[key], weight, rtol=2e-2, atol=2e-2, msg=lambda m, k=key: f"{k}: {m}")
