@@ -39,8 +39,8 @@ class MoEConfig:
         drop_priority: Who stays where an expert is full: the highest ``score``, the first by ``position``, or
             ``random``.
         dispatcher: ``auto``, ``local``, ``allgather``, ``alltoall``, ``fused``, ``tune`` or a registered name.
-            ``auto`` is ``local`` for expert_parallel_size 1, ``allgather`` up to 4, ``alltoall`` above; ``tune`` times
-            them in the first steps and takes the fastest.
+            ``auto`` is ``local`` for expert_parallel_size 1 and ``fused`` above; ``tune`` times them in the first
+            steps and takes the fastest.
         num_shared_experts: Experts that every token uses, as one dense MLP of that many times
             ``intermediate_size``; 0 is none.
         score_before_topk: Score all experts and select by score (Mixtral), or select by logit and score the selected

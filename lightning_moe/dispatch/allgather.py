@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.nn.functional import pad
 from typing_extensions import override
@@ -48,6 +49,8 @@ class AllGatherDispatcher(Dispatcher[AllGatherRoute]):
     def __init__(self, num_experts: int, groups: ExpertGroups, wire_dtype: torch.dtype | None = None) -> None:
         super().__init__(num_experts, groups, wire_dtype)
         self.group = ep_group_of(groups)
+        # Gloo's reduce-scatter is an all-reduce, of twice the bytes; no group at all is for tests of names.
+        self.can_reduce_scatter = isinstance(self.group, dist.ProcessGroup) and dist.get_backend(self.group) != "gloo"
 
     @override
     def plan(
@@ -90,8 +93,8 @@ class AllGatherDispatcher(Dispatcher[AllGatherRoute]):
             return x_AD.to(dtype), scores_AK, ids_AK
 
         def back(grad_x_AD: Tensor, grad_scores_AK: Tensor) -> Pending[tuple[Tensor, ...]]:
-            grads = self._start_sum(grad_x_AD, T), start_reduce_scatter(grad_scores_AK, self.group)
-            return Pending(lambda: (grads[0].wait(), grads[1].wait()[:T]))
+            grads = self._start_sum(grad_x_AD, T, self.on_wire(dtype)), self._start_sum(grad_scores_AK, T)
+            return Pending(lambda: (grads[0].wait(), grads[1].wait()))
 
         return travel(there, back, x_TD, topk_scores_TK).then(lambda arrived: self._arrived(route, *arrived))
 
@@ -108,7 +111,7 @@ class AllGatherDispatcher(Dispatcher[AllGatherRoute]):
         T, P, dtype = state.route.num_tokens, len(state.route.ids_PK), y_AD.dtype
 
         def there(y_AD: Tensor) -> Pending[tuple[Tensor, ...]]:
-            return self._start_sum(y_AD, T).then(lambda y_TD: (y_TD,))
+            return self._start_sum(y_AD, T, self.on_wire(dtype)).then(lambda y_TD: (y_TD,))
 
         def back(grad_TD: Tensor) -> Pending[tuple[Tensor, ...]]:
             padded = pad(grad_TD, (0, 0, 0, P - T)).to(self.on_wire(dtype))
@@ -116,17 +119,18 @@ class AllGatherDispatcher(Dispatcher[AllGatherRoute]):
 
         return travel(there, back, y_AD).then(lambda arrived: arrived[0])
 
-    def _start_sum(self, shares_AD: Tensor, num_tokens: int) -> Pending[Tensor]:
+    def _start_sum(self, shares_AD: Tensor, num_tokens: int, wire_dtype: torch.dtype | None = None) -> Pending[Tensor]:
         """Sums the ranks' shares of this rank's tokens, [A, D] -> [T, D]."""
         dtype, W = shares_AD.dtype, self.groups.ep_size
-        if self.on_wire(dtype) == dtype and dtype == torch.promote_types(dtype, torch.float32):
+        wire_dtype, wide = wire_dtype or dtype, torch.promote_types(dtype, torch.float32)
+        if self.can_reduce_scatter and wire_dtype == wide:
             return start_reduce_scatter(shares_AD, self.group).then(lambda sum_PD: sum_PD[:num_tokens])
-        # A reduce-scatter would round every partial sum: as many bytes travel, and are summed in fp32 here.
+        # In bf16 a reduce-scatter would round every partial sum: as many bytes travel, and are summed in fp32 here.
         splits = [len(shares_AD) // W] * W
-        arriving = start_all_to_all(shares_AD.to(self.on_wire(dtype)), splits, splits, self.group)
+        arriving = start_all_to_all(shares_AD.to(wire_dtype), splits, splits, self.group)
 
         def summed(shares_AD: Tensor) -> Tensor:
             shares_WPD = shares_AD.view(W, -1, shares_AD.shape[1])[:, :num_tokens]
-            return shares_WPD.sum(0, dtype=torch.promote_types(dtype, torch.float32)).to(dtype)
+            return shares_WPD.sum(0, dtype=wide).to(dtype)
 
         return arriving.then(summed)

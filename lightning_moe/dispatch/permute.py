@@ -167,7 +167,7 @@ def sum_of_rows(y_RD: Tensor, plan: Permutation) -> Tensor:
 
 
 _BAG_DTYPES = (torch.float32, torch.bfloat16)
-"""For which the CPU has a fast kernel that gathers and sums in one go, in fp32."""
+"""For which the CPU has a fast kernel that gathers and sums in one go, in fp32 (in bf16 it rounds ties away from 0)."""
 
 
 def _rows_by_token(rows_RD: Tensor, plan: Permutation) -> Tensor:

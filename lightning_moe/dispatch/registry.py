@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -9,21 +10,22 @@ import torch
 from lightning_moe.dispatch.allgather import AllGatherDispatcher
 from lightning_moe.dispatch.alltoall import AllToAllDispatcher
 from lightning_moe.dispatch.base import Dispatcher
-from lightning_moe.dispatch.fused import FusedDispatcher
+from lightning_moe.dispatch.deep_ep import choose_fused
 from lightning_moe.dispatch.local import LocalDispatcher
 from lightning_moe.dispatch.tune import DispatchTuner
 from lightning_moe.parallel import ExpertGroups
 
-ALLGATHER_UP_TO = 4
-"""Largest EP group for which ``auto`` takes the all-gather."""
+AUTO = "fused"
+"""What ``auto`` takes on more than one rank: on all shapes and groups measured the fastest or equal to it
+(docs/performance.md)."""
 
-DISPATCHERS: dict[str, type[Dispatcher[Any]]] = {
+DISPATCHERS: dict[str, Callable[[int, ExpertGroups, torch.dtype | None], Dispatcher[Any]]] = {
     "allgather": AllGatherDispatcher,
     "alltoall": AllToAllDispatcher,
-    "fused": FusedDispatcher,
+    "fused": choose_fused,
     "local": LocalDispatcher,
 }
-"""Known dispatchers; add your own under a new name."""
+"""Known dispatchers, called with num_experts, groups and wire_dtype; add your own under a new name."""
 
 
 _TUNED = ("allgather", "alltoall", "fused")
@@ -50,7 +52,7 @@ def make_dispatcher(
     if groups.ep_size == 1 and name in (*_RULES, *_TUNED):
         name = "local"
     elif name in _RULES:
-        name = "allgather" if groups.ep_size <= ALLGATHER_UP_TO else "alltoall"
+        name = AUTO
     return DISPATCHERS[name](num_experts, groups, wire_dtype)
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lightning_moe.config import Activation
-from lightning_moe.dispatch.permute import Permutation, gather
+from lightning_moe.dispatch.permute import Permutation, gather, sum_of_rows
 from lightning_moe.nn.activation import activate_backward_into, activate_into
 
 TILE = 1024
@@ -87,6 +87,45 @@ class _Buffers:
         return [self._of[name][:num_rows] for name in names]
 
 
+class _SumByToken:
+    """Sums rows by token.
+
+    Few rows are kept and summed at the end, in one pass; many are added tile by tile, so that none is kept.
+    """
+
+    def __init__(self, like_AD: Tensor, plan: Permutation, largest: int) -> None:
+        num_rows, D = len(plan.assignment_R), like_AD.shape[1]
+        self.plan, self.dtype = plan, like_AD.dtype
+        self.keeps_rows = num_rows * D * like_AD.element_size() <= _FEW_BYTES and not plan.has_gaps
+        self.rows = like_AD.new_empty(num_rows + _row_multiple(self.dtype) if self.keeps_rows else largest, D)
+        if not self.keeps_rows:
+            self.total_AD = like_AD.new_zeros(like_AD.shape, dtype=_wide(self.dtype))
+
+    def rows_of(self, tile: _Tile) -> Tensor:
+        """Where the tile's rows are to be written."""
+        return self.rows[tile.spilled] if self.keeps_rows else self.rows[: tile.padded]
+
+    def add(self, tile: _Tile, token: Tensor, weights: Tensor | None) -> None:
+        """Adds what was written, each row times its weight."""
+        rows = self.rows_of(tile)[: tile.size]
+        if self.keeps_rows:
+            if weights is not None:
+                rows.mul_(weights)
+            return
+        rows = rows.to(self.total_AD.dtype)
+        self.total_AD.index_add_(0, token, rows if weights is None else rows.mul_(weights))
+
+    def result(self) -> Tensor:
+        """[A, D]."""
+        if self.keeps_rows:
+            return sum_of_rows(self.rows[: len(self.plan.assignment_R)], self.plan)
+        return self.total_AD.to(self.dtype)
+
+
+_FEW_BYTES = 8 * 2**20
+"""Rows that stay in the cache until they are summed."""
+
+
 class _WeightGradient:
     """Gradient of stacked weights, to which every tile adds a product."""
 
@@ -129,20 +168,19 @@ class _Tiles(torch.autograd.Function):
         (D, F), G = w2_LDF.shape[1:], w1_LGD.shape[1]
         tiles, token_R, weights_R1 = _prepared(x_AD, weights_AK, plan)
         largest = max((tile.padded for tile in tiles), default=0)
-        buffers = _Buffers(x_AD, largest, x=D, act=F, y=D)
+        buffers, y = _Buffers(x_AD, largest, x=D, act=F), _SumByToken(x_AD, plan, largest)
         h_RG = x_AD.new_empty(len(token_R) + _row_multiple(x_AD.dtype), G)
-        y_AD = x_AD.new_zeros(x_AD.shape, dtype=_wide(x_AD.dtype))
         for tile in tiles:
-            x, act, y = buffers(tile.padded, "x", "act", "y")
+            x, act = buffers(tile.padded, "x", "act")
             rows, size, token = tile.rows, tile.size, token_R[tile.rows]
             torch.index_select(x_AD, 0, token, out=x[:size])
             torch.mm(x, w1_LGD[tile.expert].t(), out=h_RG[tile.spilled])
             activate_into(h_RG[rows], activation, act_RF=act[:size])
-            torch.mm(act, w2_LDF[tile.expert].t(), out=y)
-            y_AD.index_add_(0, token, y[:size].to(y_AD.dtype).mul_(weights_R1[rows]))
+            torch.mm(act, w2_LDF[tile.expert].t(), out=y.rows_of(tile))
+            y.add(tile, token, weights_R1[rows])
         ctx.save_for_backward(x_AD, weights_AK, w1_LGD, w2_LDF, h_RG)
         ctx.plan, ctx.activation = plan, activation
-        return y_AD.to(x_AD.dtype)
+        return y.result()
 
     @staticmethod
     @once_differentiable
@@ -152,14 +190,14 @@ class _Tiles(torch.autograd.Function):
         (D, F), G = w2_LDF.shape[1:], w1_LGD.shape[1]
         tiles, token_R, weights_R1 = _prepared(x_AD, weights_AK, plan)
         largest = max((tile.padded for tile in tiles), default=0)
-        buffers = _Buffers(x_AD, largest, x=D, grad_y=D, act=F, silu=F, grad_act=F, grad_h=G, grad_x=D)
+        buffers = _Buffers(x_AD, largest, x=D, grad_y=D, act=F, silu=F, grad_act=F, grad_h=G)
         needs_x, _, needs_w1, needs_w2 = ctx.needs_input_grad[:4]
         grad_w1, grad_w2 = _WeightGradient(w1_LGD, needs_w1, plan), _WeightGradient(w2_LDF, needs_w2, plan)
         grad_weights_R = weights_AK.new_zeros(len(token_R))
-        grad_x_AD = x_AD.new_zeros(x_AD.shape, dtype=_wide(x_AD.dtype))
+        grad_x = _SumByToken(x_AD, plan, largest)
         for tile in tiles:
-            x, grad_y, act, silu, grad_act, grad_h, grad_x = buffers(
-                tile.padded, "x", "grad_y", "act", "silu", "grad_act", "grad_h", "grad_x"
+            x, grad_y, act, silu, grad_act, grad_h = buffers(
+                tile.padded, "x", "grad_y", "act", "silu", "grad_act", "grad_h"
             )
             rows, size, token, weights = tile.rows, tile.size, token_R[tile.rows], weights_R1[tile.rows]
             torch.index_select(grad_AD, 0, token, out=grad_y[:size])
@@ -177,10 +215,15 @@ class _Tiles(torch.autograd.Function):
             grad_w2.add(tile, grad_y.t(), act)
             grad_w1.add(tile, grad_h.t(), x)
             if needs_x:
-                torch.mm(grad_h, w1_LGD[tile.expert], out=grad_x)
-                grad_x_AD.index_add_(0, token, grad_x[:size].to(grad_x_AD.dtype))
+                torch.mm(grad_h, w1_LGD[tile.expert], out=grad_x.rows_of(tile))
+                grad_x.add(tile, token, None)
         grad_weights_AK = gather(grad_weights_R.unsqueeze(1), plan.row_TK.reshape(-1), is_complete=False)
-        grads = grad_x_AD.to(x_AD.dtype), grad_weights_AK.view_as(weights_AK), grad_w1.total_LGD, grad_w2.total_LGD
+        grads = (
+            grad_x.result() if needs_x else None,
+            grad_weights_AK.view_as(weights_AK),
+            grad_w1.total_LGD,
+            grad_w2.total_LGD,
+        )
         return *grads, None, None
 
 

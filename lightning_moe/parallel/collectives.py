@@ -13,6 +13,7 @@ from typing import Any, Generic, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 # torch 2.13 renames both and warns at each call of the old names.
 _all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -117,6 +118,7 @@ class _SetOut(torch.autograd.Function):
         return torch.zeros((), device=tensors[0].device)
 
     @staticmethod
+    @once_differentiable  # gradients of the gradients would be left out in silence
     def backward(ctx: Any, _: Tensor) -> tuple[Tensor | None, ...]:
         return None, None, *ctx.luggage.pop().wait()
 
@@ -131,6 +133,7 @@ class _Arrive(torch.autograd.Function):
         return arrived
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         ctx.luggage.append(ctx.back(*(grad for grad, has in zip(grads, ctx.has_gradient, strict=True) if has)))
         return torch.zeros((), device=ctx.device), None, None

@@ -63,6 +63,7 @@ def run(
         parts = [*dispatcher.dispatch(x, scores, dispatcher.plan(ids_TK, kept_TK, shape, chunks))]
         assert len(parts) == chunks
         assert all(part.x_AD.dtype == x.dtype and part.weights_AK.dtype == scores.dtype for part in parts)
+        assert all(part.weights_AK.isfinite().all() for part in parts)
         leaving = [dispatcher.combine(experts(part.x_AD, part.weights_AK, part.plan), part) for part in parts]
         y = torch.cat([part.wait() for part in leaving])
     assert y.dtype == x.dtype

@@ -294,9 +294,9 @@ def fake_groups(ep_size: int) -> ExpertGroups:
     ("name", "ep_size", "expected"),
     [
         ("auto", 1, LocalDispatcher),
-        ("auto", 2, AllGatherDispatcher),
-        ("auto", 4, AllGatherDispatcher),
-        ("auto", 8, AllToAllDispatcher),
+        ("auto", 2, FusedDispatcher),
+        ("auto", 4, FusedDispatcher),
+        ("auto", 8, FusedDispatcher),
         ("allgather", 1, LocalDispatcher),
         ("alltoall", 1, LocalDispatcher),
         ("fused", 1, LocalDispatcher),
@@ -313,7 +313,7 @@ def test_choice_by_name(name: str, ep_size: int, expected: type) -> None:
 
 
 def test_an_unknown_name_lists_the_known() -> None:
-    message = "dispatcher='fancy': unknown. Known: allgather, alltoall, auto, fused, local."
+    message = "dispatcher='fancy': unknown. Known: allgather, alltoall, auto, fused, local, tune."
     for groups in (SINGLE_RANK, fake_groups(2)):
         with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
             make_dispatcher("fancy", 4, groups)
@@ -325,7 +325,7 @@ def test_a_registered_name_is_found_and_listed(monkeypatch: pytest.MonkeyPatch) 
 
     monkeypatch.setitem(DISPATCHERS, "mine", Mine)
     assert type(make_dispatcher("mine", 4, SINGLE_RANK)) is Mine
-    with pytest.raises(ValueError, match=r"Known: allgather, alltoall, auto, fused, local, mine\.$"):
+    with pytest.raises(ValueError, match=r"Known: allgather, alltoall, auto, fused, local, mine, tune\.$"):
         make_dispatcher("fancy", 4, SINGLE_RANK)
 
 

@@ -226,7 +226,7 @@ def with_and_without(name: str, ep_size: int, case: str, chunks: int, work: Call
             each = per_chunk.rows_per_expert * groups.ep_size
             assert part.plan.rows_E.tolist() == [each] * num_local
             assert permute(part.x_AD, part.plan).shape == (each * num_local, D)
-        y = bring_back(dispatcher, parts, lambda part: work(experts, part))
+        y = bring_back(dispatcher, parts, partial(work, experts))
         y.backward(upstream_TD)
         found.append({"y": y, "x": x.grad, "scores": scores.grad, "w1": experts.w1.grad, "w2": experts.w2.grad})
     for padded in found[1:]:
@@ -266,8 +266,8 @@ def arrived(name: str, ep_size: int, case: str) -> tuple[list[list[tuple[int, in
     x_TD = torch.stack([torch.full_like(token_T, rank + 1), token_T + 1, *[token_T] * (D - 2)], dim=1).float()
     dispatcher = make_dispatcher(name, E, groups)
     shape = FixedShape(int(dispatcher.largest([len(ids_TK)], x_TD.device)), ROWS)
-    state = dispatcher.dispatch(x_TD, ids_TK, torch.ones(ids_TK.shape), kept_TK, shape)
-    runs = state.x_RD.view(E // ep_size, ROWS * ep_size, D)
+    (state,) = send(dispatcher, x_TD, ids_TK, torch.ones(ids_TK.shape), kept_TK, shape)
+    runs = permute(state.x_AD, state.plan).view(E // ep_size, ROWS * ep_size, D)
     rows = [[(int(row[0]) - 1, int(row[1]) - 1) for row in run if row.any()] for run in runs]
     return rows, [[(rank, t) for t in range(len(ids_TK)) if (kept_TK & (ids_TK == e))[t].any()] for e in range(E)]
 

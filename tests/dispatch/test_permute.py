@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.testing import assert_close
 
-from lightning_moe.dispatch.permute import Permutation, permute, plan_permutation, unpermute
+from lightning_moe.dispatch.permute import Permutation, permute, plan_permutation, sum_of_rows, unpermute
 
 # (name, ids, experts, kept, rows of the assignments in order, row of every assignment, rows of the experts)
 BY_HAND = [
@@ -198,6 +198,42 @@ def test_no_rows_keep_the_graph_connected(num_tokens: int) -> None:
     assert scores.grad is not None
     assert torch.equal(x.grad, torch.zeros(num_tokens, 4))
     assert torch.equal(scores.grad, torch.zeros(num_tokens, 2))
+
+
+@given(routes(), st.sampled_from([torch.float32, torch.bfloat16, torch.float64]), st.integers(0, 3), st.booleans())
+@settings(max_examples=100, deadline=None)
+def test_sum_of_rows_is_a_plain_loop(
+    case: tuple[Tensor, int, Tensor | None], dtype: torch.dtype, width: int, has_gaps: bool
+) -> None:
+    ids_TK, num_experts, kept_TK = case
+    plan = plan_permutation(ids_TK, num_experts, kept_TK, rows_per_expert=len(ids_TK) if has_gaps else None)
+    y = torch.randn(len(plan.assignment_R), width, generator=torch.Generator().manual_seed(1)).to(dtype)
+    y[plan.assignment_R == ids_TK.numel()] = float("nan")  # what stands in gaps is nobody's
+    ours = sum_of_rows(y, plan)
+    expected = torch.zeros(len(ids_TK), width, dtype=torch.float64)
+    for t, rows in enumerate(plan.row_TK.tolist()):
+        for row in rows:
+            if row < len(y):
+                expected[t] += y[row].double()
+    assert (ours.dtype, ours.shape) == (dtype, expected.shape)
+    tolerance = {torch.float32: 1e-6, torch.bfloat16: 2**-8, torch.float64: 1e-14}[dtype]
+    assert_close(ours.double(), expected, rtol=tolerance, atol=tolerance / 10)
+
+
+@pytest.mark.parametrize("rows_per_expert", [None, 3])
+def test_bf16_rows_are_summed_in_fp32(rows_per_expert: int | None) -> None:
+    """256 + 1 is 256 in bf16."""
+    plan = plan_permutation(torch.tensor([[0, 1, 2, 3]]), 4, rows_per_expert=rows_per_expert)
+    y = torch.ones(len(plan.assignment_R), 2, dtype=torch.bfloat16)
+    y[0] = 256
+    assert sum_of_rows(y, plan).tolist() == [[260, 260]]  # 259, rounded once
+
+
+def test_the_sum_of_rows_of_any_stride() -> None:
+    plan = plan_permutation(torch.tensor([[0, 1], [1, 0]]), 2)
+    y = torch.randn(3, 4).t()
+    assert_close(sum_of_rows(y, plan), torch.stack([y[0] + y[2], y[1] + y[3]]), rtol=1e-6, atol=1e-6)
+    assert_close(sum_of_rows(y[:, :1].expand(4, 3), plan), torch.stack([y[0] + y[2], y[1] + y[3]])[:, :1].expand(2, 3))
 
 
 @pytest.mark.parametrize("kept_share", [0.6, 1.0])

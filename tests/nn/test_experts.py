@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import re
+from collections.abc import Callable
 from itertools import pairwise
 from typing import get_args
 
@@ -16,9 +17,11 @@ from torch.testing import assert_close
 
 from lightning_moe import MoE, MoEConfig
 from lightning_moe.config import Activation
+from lightning_moe.dispatch.permute import Permutation, plan_permutation
 from lightning_moe.nn import GroupedExperts, SharedMLP
 from lightning_moe.nn import experts as experts_module
-from lightning_moe.nn.experts import grouped_linear
+from lightning_moe.nn.experts import grouped_linear, run_by_rows
+from lightning_moe.nn.tiles import run_in_tiles
 from lightning_moe.parallel import (
     SINGLE_RANK,
     ExpertGroups,
@@ -59,10 +62,28 @@ def looped(x_RD: Tensor, w1_LGD: Tensor, w2_LDF: Tensor, counts: list[int], acti
     return torch.stack(rows)
 
 
-def forward_and_gradients(experts: GroupedExperts, x: Tensor, upstream: Tensor, counts: list[int]) -> list[Tensor]:
+def plan_of(counts: list[int]) -> Permutation:
+    """Every token has one expert, and they come in the order of the experts."""
+    return plan_permutation(torch.arange(len(counts)).repeat_interleave(torch.tensor(counts)).unsqueeze(1), len(counts))
+
+
+def forward(experts: GroupedExperts, x: Tensor, counts: list[int]) -> Tensor:
+    return experts(x, torch.ones(len(x), 1), plan_of(counts))
+
+
+def by_rows(experts: GroupedExperts, x: Tensor, counts: list[int]) -> Tensor:
+    """As on an accelerator."""
+    return run_by_rows(x, torch.ones(len(x), 1), plan_of(counts), experts.w1, experts.w2, experts.activation)
+
+
+runs = pytest.mark.parametrize("run", [forward, by_rows])
+Run = Callable[[GroupedExperts, Tensor, list[int]], Tensor]
+
+
+def forward_and_gradients(run: Run, experts: GroupedExperts, x: Tensor, upstream: Tensor) -> list[Tensor]:
     x = x.clone().requires_grad_()
     experts.zero_grad()
-    y = experts(x, torch.tensor(counts))
+    y = run(experts, x, COUNTS)
     y.backward(upstream)
     grads = [x.grad, experts.w1.grad, experts.w2.grad]
     return [y.detach(), *(grad.clone() for grad in grads if grad is not None)]
@@ -71,10 +92,11 @@ def forward_and_gradients(experts: GroupedExperts, x: Tensor, upstream: Tensor, 
 # fp32 rows of 6 or 10 numbers are not aligned to 16 bytes: no grouped_mm.
 @pytest.mark.parametrize(("width", "inner"), [(8, 12), (6, 12), (8, 10), (5, 7)])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_as_by_plain_loops(width: int, inner: int, activation: Activation) -> None:
+@runs
+def test_as_by_plain_loops(run: Run, width: int, inner: int, activation: Activation) -> None:
     experts = make(width, inner, activation)
     x, upstream = torch.randn(sum(COUNTS), width), torch.randn(sum(COUNTS), width)
-    ours = forward_and_gradients(experts, x, upstream, COUNTS)
+    ours = forward_and_gradients(run, experts, x, upstream)
     x64, w1, w2 = (v.detach().double().requires_grad_() for v in (x, experts.w1, experts.w2))
     y64 = looped(x64, w1, w2, COUNTS, activation)
     y64.backward(upstream.double())
@@ -88,12 +110,13 @@ def test_as_by_plain_loops(width: int, inner: int, activation: Activation) -> No
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_float64_as_by_plain_loops(activation: Activation) -> None:
+@runs
+def test_float64_as_by_plain_loops(run: Run, activation: Activation) -> None:
     experts = make(activation=activation).double()
     x = torch.randn(sum(COUNTS), 8, dtype=torch.float64)
-    y = experts(x, torch.tensor(COUNTS))
+    y = run(experts, x, COUNTS)
     assert_close(y, looped(x, experts.w1, experts.w2, COUNTS, activation), rtol=1e-12, atol=1e-12)
-    assert torch.autograd.gradcheck(lambda x: experts(x, torch.tensor(COUNTS)), (x.clone().requires_grad_(),))
+    assert torch.autograd.gradcheck(lambda x: run(experts, x, COUNTS), (x.clone().requires_grad_(),))
 
 
 def count_grouped_mm(monkeypatch: pytest.MonkeyPatch) -> list[torch.dtype]:
@@ -113,10 +136,10 @@ def test_grouped_mm_and_slices_agree(dtype: torch.dtype, tolerance: float, monke
     calls = count_grouped_mm(monkeypatch)
     experts = make(8, 16).to(dtype)
     x, upstream = torch.randn(sum(COUNTS), 8).to(dtype), torch.randn(sum(COUNTS), 8).to(dtype)
-    grouped = forward_and_gradients(experts, x, upstream, COUNTS)
+    grouped = forward_and_gradients(by_rows, experts, x, upstream)
     assert calls == [dtype, dtype]
     monkeypatch.setattr(experts_module, "_grouped_mm_takes", lambda *_: False)
-    sliced = forward_and_gradients(experts, x, upstream, COUNTS)
+    sliced = forward_and_gradients(by_rows, experts, x, upstream)
     assert calls == [dtype, dtype]
     for a, b in zip(grouped, sliced, strict=True):
         assert a.dtype == dtype
@@ -139,22 +162,23 @@ def test_grouped_mm_is_used_where_it_can_be(
 ) -> None:
     made = count_grouped_mm(monkeypatch)
     experts = make(width, inner).to(dtype)
-    experts(torch.randn(sum(COUNTS), width).to(dtype), torch.tensor(COUNTS))
+    by_rows(experts, torch.randn(sum(COUNTS), width).to(dtype), COUNTS)
     assert len(made) == calls
 
 
 def test_without_grouped_mm(monkeypatch: pytest.MonkeyPatch) -> None:
     experts = make()
     x = torch.randn(sum(COUNTS), 8)
-    expected = experts(x, torch.tensor(COUNTS))
+    expected = by_rows(experts, x, COUNTS)
     monkeypatch.delattr(functional, "grouped_mm")
-    assert_close(experts(x, torch.tensor(COUNTS)), expected, rtol=1e-6, atol=1e-6)
+    assert_close(by_rows(experts, x, COUNTS), expected, rtol=1e-6, atol=1e-6)
 
 
-def test_bf16_is_near_float64() -> None:
+@runs
+def test_bf16_is_near_float64(run: Run) -> None:
     experts = make(16, 24).bfloat16()
     x = torch.randn(sum(COUNTS), 16).bfloat16()
-    y = experts(x, torch.tensor(COUNTS))
+    y = run(experts, x, COUNTS)
     assert y.dtype == torch.bfloat16
     expected = looped(x.double(), experts.w1.double(), experts.w2.double(), COUNTS, "swiglu")
     assert_close(y.double(), expected, rtol=2**-6, atol=2**-8)
@@ -162,10 +186,11 @@ def test_bf16_is_near_float64() -> None:
 
 @pytest.mark.parametrize("width", [8, 6])
 @pytest.mark.parametrize("counts", [[0, 0, 0, 0], [0, 0, 4, 0]])
-def test_experts_without_rows_stay_connected(width: int, counts: list[int]) -> None:
+@runs
+def test_experts_without_rows_stay_connected(run: Run, width: int, counts: list[int]) -> None:
     experts = make(width)
     x = torch.randn(sum(counts), width, requires_grad=True)
-    y = experts(x, torch.tensor(counts))
+    y = run(experts, x, counts)
     assert y.shape == x.shape
     y.sum().backward()
     assert x.grad is not None
@@ -176,14 +201,15 @@ def test_experts_without_rows_stay_connected(width: int, counts: list[int]) -> N
 
 
 @pytest.mark.parametrize("width", [8, 6])
-def test_expanded_gradients(width: int) -> None:
+@runs
+def test_expanded_gradients(run: Run, width: int) -> None:
     """``y.sum().backward()`` gives backward a gradient with strides of zero."""
     experts = make(width)
     x = torch.randn(sum(COUNTS), width)
     grads = []
     for ones in (lambda y: y.sum().backward(), lambda y: y.backward(torch.ones(y.shape))):
         experts.zero_grad()
-        ones(experts(x, torch.tensor(COUNTS)))
+        ones(run(experts, x, COUNTS))
         assert experts.w1.grad is not None
         assert experts.w2.grad is not None
         grads.append((experts.w1.grad.clone(), experts.w2.grad.clone()))
@@ -276,7 +302,7 @@ def test_shard_keeps_the_parameters_and_frees_the_rest() -> None:
         assert value.untyped_storage().nbytes() == whole[name].untyped_storage().nbytes() // 2
     x = torch.randn(3, 8)
     expected = looped(x.double(), whole["w1"].double()[2:], whole["w2"].double()[2:], [1, 2], "swiglu")
-    assert_close(experts(x, torch.tensor([1, 2])).double(), expected, rtol=1e-6, atol=1e-6)
+    assert_close(forward(experts, x, [1, 2]).double(), expected, rtol=1e-6, atol=1e-6)
 
 
 def test_wrong_numbers_are_refused() -> None:
@@ -301,7 +327,7 @@ def test_copies_are_independent() -> None:
     experts = make(groups=ExpertGroups(ep_size=2, ep_rank=1))
     twin = copy.deepcopy(experts)
     x = torch.randn(3, 8)
-    assert torch.equal(twin(x, torch.tensor([1, 2])), experts(x, torch.tensor([1, 2])))
+    assert torch.equal(forward(twin, x, [1, 2]), forward(experts, x, [1, 2]))
     with torch.no_grad():
         twin.w1.zero_()
     assert experts.w1.any()
@@ -309,12 +335,20 @@ def test_copies_are_independent() -> None:
 
 
 def test_autocast_computes_in_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
-    calls = count_grouped_mm(monkeypatch)
+    calls: list[torch.dtype] = []
+
+    def watched(
+        x: Tensor, weights: Tensor, plan: Permutation, w1: Tensor, w2: Tensor, activation: Activation
+    ) -> Tensor:
+        calls.extend(tensor.dtype for tensor in (x, w1, w2, weights))
+        return run_in_tiles(x, weights, plan, w1, w2, activation)
+
+    monkeypatch.setattr(experts_module, "run_in_tiles", watched)
     moe = MoE(8, MoEConfig(num_experts=4, intermediate_size=16, num_shared_experts=1))
     x = torch.randn(5, 8, requires_grad=True)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         y = moe(x)
-        assert calls == [torch.bfloat16] * 2
+    assert calls == [torch.bfloat16] * 3 + [torch.float32]
     assert y.dtype == torch.float32
     assert_close(y, moe(x), rtol=2**-5, atol=2**-7)
     assert not torch.equal(y, moe(x))

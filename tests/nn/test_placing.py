@@ -18,6 +18,7 @@ from torch.testing import assert_close
 
 from lightning_moe import MoE, MoEConfig
 from lightning_moe.dispatch import FixedShape
+from lightning_moe.dispatch.permute import plan_permutation
 from lightning_moe.nn import LossWeights, Routing, RoutingStats, expert_capacity
 from lightning_moe.nn.layer import _warn_of_looking_ahead
 
@@ -54,24 +55,29 @@ def watch(moe: MoE) -> tuple[list[Tensor], list[tuple[Routing, Routing, FixedSha
     """The rows of every local expert, and what was chosen and what was placed, of every forward to come."""
     rows: list[Tensor] = []
     placed: list[tuple[Routing, Routing, FixedShape | None]] = []
-    moe.experts.register_forward_pre_hook(lambda _, args: rows.append(args[1].clone()))
+    moe.experts.register_forward_pre_hook(lambda _, args: rows.append(args[2].rows_E.clone()))
     chosen: list[Routing] = []
     moe.router.register_forward_hook(lambda _, __, routing: chosen.append(routing))
-    dispatch = moe.dispatcher.dispatch
+    plan, dispatch = moe.dispatcher.plan, moe.dispatcher.dispatch
 
-    def recorded(x: Tensor, ids: Tensor, scores: Tensor, kept: Tensor | None, shape: FixedShape | None) -> Any:
-        routing = chosen[-1]._replace(topk_ids_TK=ids, topk_scores_TK=scores, kept_TK=kept)
-        placed.append((chosen[-1], routing, shape))
-        return dispatch(x, ids, scores, kept, shape)
+    def planned(ids: Tensor, kept: Tensor | None, shape: FixedShape | None, num_chunks: int) -> Any:
+        placed.append((chosen[-1], chosen[-1]._replace(topk_ids_TK=ids, kept_TK=kept), shape))
+        return plan(ids, kept, shape, num_chunks)
 
-    moe.dispatcher.dispatch = recorded  # type: ignore[method-assign]
+    def dispatched(x: Tensor, scores: Tensor, routes: Any) -> Any:
+        before, routing, shape = placed.pop()
+        placed.append((before, routing._replace(topk_scores_TK=scores), shape))
+        return dispatch(x, scores, routes)
+
+    moe.dispatcher.plan, moe.dispatcher.dispatch = planned, dispatched  # type: ignore[method-assign]
     return rows, placed
 
 
 def of_every_expert(moe: MoE, x_TD: Tensor) -> Tensor:
     """Every expert's output for every token, [E, T, D]."""
-    one = [[len(x_TD) if e == expert else 0 for e in range(E)] for expert in range(E)]
-    return torch.stack([moe.experts(x_TD, torch.tensor(counts)) for counts in one])
+    one = x_TD.new_ones(len(x_TD), 1)
+    plans = [plan_permutation(torch.full(one.shape, expert), E) for expert in range(E)]
+    return torch.stack([moe.experts(x_TD, one, plan) for plan in plans])
 
 
 def ids_for(x: Tensor) -> Tensor:

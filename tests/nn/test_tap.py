@@ -108,7 +108,7 @@ def test_values_stay_as_they_are() -> None:
 def tap(moe: MoE, x: Tensor, y: Tensor) -> Tensor:
     tokens = Tokens(x.shape[:-1], training=True)
     chosen = moe.router(x, tokens)
-    return moe.tap(y, chosen, place(chosen, tokens, moe.router, moe.dispatcher)[0], tokens)
+    return moe.tap.prepare(chosen, place(chosen, tokens, moe.router, moe.dispatcher)[0], tokens)(y)
 
 
 def test_unused_it_returns_what_it_got() -> None:

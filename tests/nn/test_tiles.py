@@ -1,0 +1,270 @@
+"""The experts in tiles against plain loops in float64, in memory that is full of NaN before it is written."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from functools import partial
+from typing import Any, get_args
+
+import pytest
+import torch
+from torch import Tensor
+from torch.testing import assert_close
+
+from lightning_moe.config import Activation
+from lightning_moe.dispatch.permute import Permutation, plan_permutation
+from lightning_moe.nn import tiles as tiles_module
+from lightning_moe.nn.experts import run_by_rows
+from lightning_moe.nn.tiles import run_in_tiles
+
+L, D, F, TILE = 4, 8, 12, 8
+WHAT = ("y", "x", "weights", "w1", "w2")
+activations = pytest.mark.parametrize("activation", get_args(Activation))
+dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+
+# Tokens, what they choose among, experts of each, share that is kept, rows that each expert gets with padding.
+CASES: dict[str, tuple[int, list[int], int, float | None, int | None]] = {
+    "all": (21, [0, 1, 2, 3], 2, None, None),
+    "every expert": (11, [0, 1, 2, 3], 4, None, None),
+    "dropped": (21, [0, 1, 2, 3], 2, 0.6, None),
+    "gaps": (21, [0, 1, 2, 3], 2, 0.6, 19),
+    "one expert without gaps": (17, [2], 1, None, 17),
+    "empty experts": (21, [1, 3], 2, None, None),
+    "empty experts with gaps": (21, [1, 3], 2, None, 22),
+    "one expert": (43, [2], 1, None, None),
+    "whole tiles": (16, [0, 3], 2, None, None),
+    "all dropped": (5, [0, 1], 2, 0.0, None),
+    "all dropped with gaps": (5, [0, 1], 2, 0.0, 3),
+    "no tokens": (0, [0, 1], 2, None, None),
+    "no tokens with gaps": (0, [0, 1], 2, None, 3),
+}
+cases = pytest.mark.parametrize("case", CASES)
+
+
+@pytest.fixture(autouse=True)
+def small_tiles_in_unwritten_memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(tiles_module, "TILE", TILE)
+    torch.use_deterministic_algorithms(True)  # fills what is allocated with NaN
+    assert torch.empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def route(case: str) -> tuple[Tensor, Tensor | None, Permutation]:
+    num_tokens, among, top_k, share, rows = CASES[case]
+    order = torch.rand(num_tokens, len(among)).argsort(-1)[:, :top_k]
+    ids_AK = torch.tensor(among)[order]
+    kept_AK = None if share is None else torch.rand(ids_AK.shape) < share
+    return ids_AK, kept_AK, plan_permutation(ids_AK, L, kept_AK, rows_per_expert=rows)
+
+
+def drawn(ids_AK: Tensor, activation: Activation, dtype: torch.dtype) -> tuple[list[Tensor], Tensor]:
+    """Tokens, weights of which some are 0, both stacks of matrices, and the gradient of the result."""
+    width = 2 * F if activation == "swiglu" else F
+    weights_AK = torch.rand(ids_AK.shape)
+    weights_AK[::3, 0] = 0
+    x_AD, upstream_AD = torch.randn(len(ids_AK), D).to(dtype), torch.randn(len(ids_AK), D).to(dtype)
+    w1, w2 = torch.randn(L, width, D) / D, torch.randn(L, D, F) / F
+    wide = torch.promote_types(dtype, torch.float32)
+    return [x_AD, weights_AK.to(wide), w1.to(dtype), w2.to(dtype)], upstream_AD
+
+
+def backward(run: Any, inputs: list[Tensor], upstream: Tensor, frozen: tuple[str, ...] = ()) -> dict[str, Tensor]:
+    leaves = {name: value.clone() for name, value in zip(WHAT[1:], inputs, strict=True)}
+    for name, leaf in leaves.items():
+        leaf.requires_grad_(name not in frozen)
+    y = run(*leaves.values())
+    y.backward(upstream)
+    grads = {name: leaf.grad for name, leaf in leaves.items()}
+    assert [name for name, grad in grads.items() if grad is None] == list(frozen)
+    return {"y": y.detach(), **{name: grad for name, grad in grads.items() if grad is not None}}
+
+
+def in_tiles(inputs: list[Tensor], upstream: Tensor, plan: Permutation, activation: Activation) -> dict[str, Tensor]:
+    return backward(lambda x, weights, w1, w2: run_in_tiles(x, weights, plan, w1, w2, activation), inputs, upstream)
+
+
+def looped(
+    ids: Tensor, kept: Tensor | None, activation: str, x: Tensor, weights: Tensor, w1: Tensor, w2: Tensor
+) -> Tensor:
+    y = 0 * x + 0 * (weights.sum() + w1.sum() + w2.sum())
+    rows = []
+    for a in range(len(ids)):
+        y_D = y[a]
+        for k, expert in enumerate(ids[a].tolist()):
+            if kept is not None and not kept[a, k]:
+                continue
+            h = w1[expert] @ x[a]
+            if activation == "swiglu":
+                h = h[:F] * torch.sigmoid(h[:F]) * h[F:]
+            elif activation == "gelu":
+                h = 0.5 * h * (1 + torch.erf(h / math.sqrt(2)))
+            else:
+                h = h * (h > 0)
+            y_D = y_D + weights[a, k] * (w2[expert] @ h)
+        rows.append(y_D)
+    return torch.stack(rows) if rows else y
+
+
+@cases
+@activations
+@dtypes
+def test_as_by_plain_loops(case: str, activation: Activation, dtype: torch.dtype) -> None:
+    ids, kept, plan = route(case)
+    inputs, upstream = drawn(ids, activation, dtype)
+    ours = in_tiles(inputs, upstream, plan, activation)
+    expected = backward(partial(looped, ids, kept, activation), [value.double() for value in inputs], upstream.double())
+    assert [value.dtype for value in ours.values()] == [dtype, *(value.dtype for value in inputs)]
+    for name, value in expected.items():
+        got = ours[name].double()
+        if dtype == torch.bfloat16:  # some roundings of 2^-9 on the way, and some cancellation
+            assert float((got - value).norm()) <= 2**-6 * float(value.norm()), name
+        else:
+            tolerance = 1e-6 if dtype == torch.float32 else 1e-13
+            assert_close(got, value, rtol=tolerance, atol=tolerance, msg=partial("{}: {}".format, name))
+    is_kept = torch.ones(ids.shape) > 0 if kept is None else kept
+    used = {int(e) for e in ids[is_kept]}
+    for name in ("w1", "w2"):
+        assert [bool(grad.any()) for grad in ours[name]] == [e in used for e in range(L)]
+    assert not ours["weights"][~is_kept].any()
+    # A weight of 0 has a gradient as any other.
+    assert bool(ours["weights"][is_kept & (inputs[1] == 0)].all())
+
+
+@cases
+@activations
+def test_as_by_rows(case: str, activation: Activation) -> None:
+    ids, _, plan = route(case)
+    inputs, upstream = drawn(ids, activation, torch.float32)
+    ours = in_tiles(inputs, upstream, plan, activation)
+
+    def by_rows(x: Tensor, weights: Tensor, w1: Tensor, w2: Tensor) -> Tensor:
+        return run_by_rows(x, weights, plan, w1, w2, activation)
+
+    torch.use_deterministic_algorithms(False)  # grouped_mm need not write what belongs to nobody
+    for name, value in backward(by_rows, inputs, upstream).items():
+        assert_close(ours[name], value, rtol=1e-6, atol=1e-6, msg=partial("{}: {}".format, name))
+
+
+def test_tiles_by_hand() -> None:
+    """(expert, first row, rows, rows of a product)."""
+    ids = torch.tensor([0] * 20 + [2] * 3 + [3] * 8).unsqueeze(1)
+    fp32 = [(0, 0, 6, 6), (0, 6, 7, 7), (0, 13, 7, 7), (2, 20, 3, 3), (3, 23, 8, 8)]
+
+    def found(plan: Permutation, dtype: torch.dtype) -> list[tuple[int, int, int, int]]:
+        return [(t.expert, t.start, t.size, t.padded) for t in tiles_module._tiles(plan, dtype)]
+
+    assert found(plan_permutation(ids, L), torch.float32) == fp32
+    assert found(plan_permutation(ids, L), torch.bfloat16) == [(*tile[:3], 8) for tile in fp32]
+    starts = [0, 6, 13, 50, 75]
+    gaps = [(tile[0], start, *tile[2:]) for tile, start in zip(fp32, starts, strict=True)]
+    assert found(plan_permutation(ids, L, rows_per_expert=25), torch.float32) == gaps
+
+
+@activations
+@pytest.mark.parametrize("rows_per_expert", [None, 11])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("where", ["x", "upstream", "weights"])
+def test_one_bad_token_spoils_nothing_else(
+    where: str, bad: float, dtype: torch.dtype, rows_per_expert: int | None, activation: Activation
+) -> None:
+    """Expert 0 fills a tile whose last token is bad; the smaller tiles after it find what that left in the buffers."""
+    counts = [8, 3, 0, 5]
+    ids = torch.arange(L).repeat_interleave(torch.tensor(counts)).unsqueeze(1)
+    plan = plan_permutation(ids, L, rows_per_expert=rows_per_expert)
+    inputs, upstream = drawn(ids, activation, dtype)
+    good = in_tiles(inputs, upstream, plan, activation)
+    {"x": inputs[0], "upstream": upstream, "weights": inputs[1]}[where][7] = bad
+    spoilt = in_tiles(inputs, upstream, plan, activation)
+    untouched = {"x": "", "upstream": "y", "weights": "weights"}[where]
+    for name in ("y", "x", "weights"):
+        differs_A = (spoilt[name] != good[name]).any(1)
+        assert differs_A.nonzero().flatten().tolist() == ([] if name == untouched else [7]), name
+        assert good[name].isfinite().all()
+    for name in ("w1", "w2"):
+        assert torch.equal(spoilt[name][1:], good[name][1:]), name
+    assert not spoilt["w1"][0].isfinite().all()  # it did come by
+
+
+@pytest.mark.parametrize("frozen", [("x",), ("weights",), ("w1",), ("w2",), ("w1", "w2"), ("x", "weights")], ids=str)
+def test_frozen(frozen: tuple[str, ...]) -> None:
+    ids, _, plan = route("all")
+    inputs, upstream = drawn(ids, "swiglu", torch.float32)
+    expected = in_tiles(inputs, upstream, plan, "swiglu")
+    ours = backward(
+        lambda x, weights, w1, w2: run_in_tiles(x, weights, plan, w1, w2, "swiglu"), inputs, upstream, frozen
+    )
+    assert all(torch.equal(value, expected[name]) for name, value in ours.items())
+
+
+@pytest.mark.parametrize("num_threads", [1, 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_same_call_twice_is_bit_identical(
+    dtype: torch.dtype, num_threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tiles_module, "TILE", 64)
+    ids = torch.rand(500, L).argsort(-1)[:, :3]
+    plan = plan_permutation(ids, L, torch.rand(500, 3) < 0.9)
+    x, upstream, w1, w2 = (torch.randn(*shape).to(dtype) for shape in ((500, 64), (500, 64), (L, 192, 64), (L, 64, 96)))
+    before = torch.get_num_threads()
+    torch.set_num_threads(num_threads)
+    try:
+        first, second = (in_tiles([x, torch.rand(500, 3).fill_(0.3), w1, w2], upstream, plan, "swiglu") for _ in "12")
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(first[name], second[name]) for name in WHAT)
+
+
+@dtypes
+@pytest.mark.parametrize("rows_per_expert", [None, 20])
+def test_backward_keeps_no_rows_but_the_first_product(dtype: torch.dtype, rows_per_expert: int | None) -> None:
+    ids = torch.rand(20, L).argsort(-1)[:, :3]
+    plan = plan_permutation(ids, L, rows_per_expert=rows_per_expert)
+    inputs, _ = drawn(ids, "swiglu", dtype)
+    kept: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+        leaves = [value.requires_grad_() for value in inputs]
+        y = run_in_tiles(leaves[0], leaves[1], plan, leaves[2], leaves[3], "swiglu")
+    assert y.grad_fn is not None
+    num_rows = len(plan.assignment_R)
+    assert num_rows == (60 if rows_per_expert is None else 80)
+    h_RG = kept.pop()
+    assert [id(tensor) for tensor in kept] == [id(leaf) for leaf in leaves]
+    assert num_rows <= len(h_RG) <= num_rows + 8
+    assert h_RG.shape[1] == 2 * F
+
+
+def test_many_small_gradients_of_bf16_are_not_lost() -> None:
+    """512 equal products: summed in bf16, the 257th would change nothing."""
+    num_tokens = 512 * TILE
+    plan = plan_permutation(torch.zeros(num_tokens, 1, dtype=torch.int64), 1)
+    x, w1, w2 = (torch.ones(shape, dtype=torch.bfloat16) for shape in ((num_tokens, D), (1, F, D), (1, D, F)))
+    grads = in_tiles([x, torch.ones(num_tokens, 1), w1 / D, w2 / D], torch.ones_like(x), plan, "relu")
+    for name in ("w1", "w2"):
+        assert_close(grads[name], torch.full_like(grads[name], num_tokens), rtol=2**-8, atol=0)
+
+
+def test_tokens_of_any_stride() -> None:
+    ids, _, plan = route("all")
+    inputs, upstream = drawn(ids, "swiglu", torch.float32)
+    y = run_in_tiles(inputs[0], inputs[1], plan, inputs[2], inputs[3], "swiglu")
+    x, weights, w1, w2 = (value.transpose(0, 1).contiguous().transpose(0, 1).requires_grad_() for value in inputs)
+    assert not x.is_contiguous()
+    strided = run_in_tiles(x, weights, plan, w1, w2, "swiglu")
+    assert_close(strided, y, rtol=1e-6, atol=1e-6)
+    strided.backward(upstream.t().contiguous().t())
+    expected = in_tiles(inputs, upstream, plan, "swiglu")
+    for name, leaf in zip(WHAT[1:], (x, weights, w1, w2), strict=True):
+        assert_close(leaf.grad, expected[name], rtol=1e-6, atol=1e-6)
+
+
+def test_second_derivatives_are_refused() -> None:
+    ids, _, plan = route("all")
+    inputs, _ = drawn(ids, "swiglu", torch.float32)
+    x = inputs[0].requires_grad_()
+    y = run_in_tiles(x, inputs[1], plan, inputs[2], inputs[3], "swiglu")
+    (grad,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
