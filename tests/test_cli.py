@@ -85,7 +85,7 @@ ABOUT: dict[str, dict[str, Any]] = {
         STRATEGY + "stage": 1,
         MOE + "num_experts": 64,
         MOE + "top_k": 8,
-        MOE + "dispatcher": "alltoall",
+        MOE + "dispatcher": "fused",
     },
 }
 ON_CPU = sorted(set(ABOUT) - {"gpu_8.yaml"})

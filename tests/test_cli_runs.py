@@ -151,7 +151,7 @@ def test_settings_of_layers_and_losses_reach_the_run(
 
 @pytest.mark.parametrize(
     ("name", "expected"),
-    [("auto", "AllGatherDispatcher"), ("allgather", "AllGatherDispatcher"), ("alltoall", "AllToAllDispatcher")],
+    [("auto", "FusedDispatcher"), ("allgather", "AllGatherDispatcher"), ("alltoall", "AllToAllDispatcher")],
 )
 def test_dispatcher_key_chooses(
     name: str, expected: str, text: str, quick: list[str], get_pool: Any, tmp_path: Path

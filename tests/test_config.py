@@ -15,7 +15,7 @@ SCALE_RULE = "must be a finite number above 0. Use 1 for no scaling."
 JITTER_RULE = "must be at least 0 and below 1. Use 0.01, or 0 for none."
 TOLERANCE_RULE = "must be a finite number above 0. Use 1e-3, for example."
 WHOLE_RULE = "must be a whole number. Write it without a point or quotes."
-WHOLE = ("num_experts", "top_k", "intermediate_size", "min_capacity", "num_shared_experts")
+WHOLE = ("num_experts", "top_k", "intermediate_size", "min_capacity", "num_shared_experts", "overlap_chunks")
 LEARNED = "expert_choice' or 'group_limited' or 'gshard' or 'noisy_topk' or 'sinkhorn' or 'switch' or 'topk"
 
 # The least that every built-in router needs, and what its None stands for: score_function, expert_bias, jitter.
@@ -80,6 +80,8 @@ def make(router: str, **changes: Any) -> MoEConfig:
         ({"overflow": "next"}, "overflow='next': unknown. Known: drop, next_expert."),
         ({"drop_priority": "last"}, "drop_priority='last': unknown. Known: score, position, random."),
         ({"router_dtype": "bfloat16"}, "router_dtype='bfloat16': unknown. Known: float32, float64."),
+        ({"dispatch_dtype": "float16"}, "dispatch_dtype='float16': unknown. Known: bfloat16."),
+        ({"overlap_chunks": 0}, "overlap_chunks=0: must be at least 1. Use 1 to send all at once."),
         ({"route_scale": 0}, f"route_scale=0: {SCALE_RULE}"),
         ({"route_scale": -2.5}, f"route_scale=-2.5: {SCALE_RULE}"),
         ({"route_scale": float("nan")}, f"route_scale=nan: {SCALE_RULE}"),
@@ -357,4 +359,6 @@ def test_the_defaults_are_those_of_the_design() -> None:
         "pad_to_capacity": False,
         "shared_expert_gate": False,
         "residual": False,
+        "overlap_chunks": 1,
+        "dispatch_dtype": None,
     }

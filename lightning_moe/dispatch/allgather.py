@@ -14,9 +14,17 @@ from torch import Tensor
 from torch.nn.functional import pad
 from typing_extensions import override
 
-from lightning_moe.dispatch.base import Dispatched, Dispatcher, FixedShape, Route, chunk_sizes, ep_group_of
+from lightning_moe.dispatch.base import (
+    Dispatched,
+    Dispatcher,
+    FixedShape,
+    SizedRoute,
+    arrived,
+    chunk_sizes,
+    ep_group_of,
+)
 from lightning_moe.dispatch.message import Field, pack, unpack
-from lightning_moe.dispatch.permute import count_ids, plan_permutation
+from lightning_moe.dispatch.permute import count_ids
 from lightning_moe.parallel import ExpertGroups
 from lightning_moe.parallel.collectives import (
     Pending,
@@ -29,18 +37,14 @@ from lightning_moe.parallel.collectives import (
 
 
 @dataclass(frozen=True)
-class AllGatherRoute(Route):
+class AllGatherRoute(SizedRoute):
     """Adds what is gathered.
 
     Args:
         ids_PK: Experts of this rank's tokens, padded; E stands for none.
-        num_rows: Assignments to this rank's experts; ``None`` with a fixed shape.
-        rows_per_expert: Rows that each local expert gets with a fixed shape.
     """
 
     ids_PK: Tensor
-    num_rows: int | None
-    rows_per_expert: int | None
 
 
 class AllGatherDispatcher(Dispatcher[AllGatherRoute]):
@@ -74,7 +78,7 @@ class AllGatherDispatcher(Dispatcher[AllGatherRoute]):
             lengths, num_rows = [chunk.num_tokens] * num_chunks, [None] * num_chunks
             rows_per_expert = chunk.rows_per_expert * W
         return [
-            AllGatherRoute(size, pad(ids, (0, 0, 0, length - size), value=E), rows, rows_per_expert)
+            AllGatherRoute(size, rows, rows_per_expert, pad(ids, (0, 0, 0, length - size), value=E))
             for size, ids, length, rows in zip(sizes, chunks, lengths, num_rows, strict=True)
         ]
 
@@ -96,15 +100,9 @@ class AllGatherDispatcher(Dispatcher[AllGatherRoute]):
             grads = self._start_sum(grad_x_AD, T, self.on_wire(dtype)), self._start_sum(grad_scores_AK, T)
             return Pending(lambda: (grads[0].wait(), grads[1].wait()))
 
-        return travel(there, back, x_TD, topk_scores_TK).then(lambda arrived: self._arrived(route, *arrived))
-
-    def _arrived(
-        self, route: AllGatherRoute, x_AD: Tensor, weights_AK: Tensor, ids_AK: Tensor
-    ) -> Dispatched[AllGatherRoute]:
-        local_ids_AK = ids_AK.long() - self.local_experts.start
-        mine_AK = (local_ids_AK >= 0) & (local_ids_AK < len(self.local_experts))
-        plan = plan_permutation(local_ids_AK, len(self.local_experts), mine_AK, route.num_rows, route.rows_per_expert)
-        return Dispatched(x_AD, weights_AK, plan, route)
+        return travel(there, back, x_TD, topk_scores_TK).then(
+            lambda tensors: arrived(route, self.local_experts, *tensors)
+        )
 
     @override
     def combine(self, y_AD: Tensor, state: Dispatched[AllGatherRoute]) -> Pending[Tensor]:
@@ -117,7 +115,7 @@ class AllGatherDispatcher(Dispatcher[AllGatherRoute]):
             padded = pad(grad_TD, (0, 0, 0, P - T)).to(self.on_wire(dtype))
             return start_all_gather(padded, self.group).then(lambda grad_AD: (grad_AD.to(dtype),))
 
-        return travel(there, back, y_AD).then(lambda arrived: arrived[0])
+        return travel(there, back, y_AD).then(lambda tensors: tensors[0])
 
     def _start_sum(self, shares_AD: Tensor, num_tokens: int, wire_dtype: torch.dtype | None = None) -> Pending[Tensor]:
         """Sums the ranks' shares of this rank's tokens, [A, D] -> [T, D]."""

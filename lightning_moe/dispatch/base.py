@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 from typing_extensions import Self
 
-from lightning_moe.dispatch.permute import Permutation
+from lightning_moe.dispatch.permute import Permutation, plan_permutation
 from lightning_moe.parallel import ExpertGroups
 from lightning_moe.parallel.collectives import Pending
 
@@ -31,7 +31,21 @@ class Route:
     num_tokens: int
 
 
+@dataclass(frozen=True)
+class SizedRoute(Route):
+    """Adds how much will arrive, for dispatchers whose messages carry global ids of experts.
+
+    Args:
+        num_rows: Assignments that arrive here; ``None`` with a fixed shape.
+        rows_per_expert: Rows that each local expert gets with a fixed shape.
+    """
+
+    num_rows: int | None
+    rows_per_expert: int | None
+
+
 RouteT = TypeVar("RouteT", bound=Route)
+SizedRouteT = TypeVar("SizedRouteT", bound=SizedRoute)
 
 
 @dataclass(frozen=True)
@@ -159,6 +173,16 @@ class Dispatcher(ABC, Generic[RouteT]):
     def on_wire(self, dtype: torch.dtype) -> torch.dtype:
         """The dtype in which activations of this dtype travel."""
         return self.wire_dtype or dtype
+
+
+def arrived(
+    route: SizedRouteT, local_experts: range, x_AD: Tensor, weights_AK: Tensor, ids_AK: Tensor
+) -> Dispatched[SizedRouteT]:
+    """What came, in the order of this rank's experts; ids of other ranks' experts get no row."""
+    local_ids_AK = ids_AK.long() - local_experts.start
+    mine_AK = (local_ids_AK >= 0) & (local_ids_AK < len(local_experts))
+    plan = plan_permutation(local_ids_AK, len(local_experts), mine_AK, route.num_rows, route.rows_per_expert)
+    return Dispatched(x_AD, weights_AK, plan, route)
 
 
 def chunk_sizes(num_tokens: int, num_chunks: int) -> list[int]:

@@ -14,9 +14,17 @@ from torch import Tensor
 from torch.nn.functional import pad
 from typing_extensions import override
 
-from lightning_moe.dispatch.base import Dispatched, Dispatcher, FixedShape, Route, chunk_sizes, ep_group_of
+from lightning_moe.dispatch.base import (
+    Dispatched,
+    Dispatcher,
+    FixedShape,
+    SizedRoute,
+    arrived,
+    chunk_sizes,
+    ep_group_of,
+)
 from lightning_moe.dispatch.message import Field, pack, pack_rows, unpack
-from lightning_moe.dispatch.permute import Permutation, count_ids, plan_permutation, rows_of_tokens, sum_of_rows
+from lightning_moe.dispatch.permute import Permutation, count_ids, rows_of_tokens, sum_of_rows
 from lightning_moe.parallel import ExpertGroups
 from lightning_moe.parallel.collectives import Pending, all_gather, start_all_to_all, travel
 
@@ -39,22 +47,18 @@ class Outgoing:
 
 
 @dataclass(frozen=True)
-class ExchangeRoute(Route):
+class ExchangeRoute(SizedRoute):
     """Adds who sends how much to whom.
 
     Args:
         outgoing: What this rank sends.
         input_splits: Rows that it sends, by peer.
         output_splits: Rows that it receives, by peer.
-        num_rows: Assignments that arrive here; ``None`` with a fixed shape.
-        rows_per_expert: Rows that each local expert gets with a fixed shape.
     """
 
     outgoing: Outgoing
     input_splits: list[int]
     output_splits: list[int]
-    num_rows: int | None
-    rows_per_expert: int | None
 
 
 class ExchangeDispatcher(Dispatcher[ExchangeRoute]):
@@ -96,13 +100,13 @@ class ExchangeDispatcher(Dispatcher[ExchangeRoute]):
             outgoing = replace(chunk, order=order, entry_S=chunk.entry_S[: sum(input_splits)])
             output_splits = [sender[i][0][rank] for sender in counts_of]
             num_rows = sum(sender[i][1][rank] for sender in counts_of)
-            routes.append(ExchangeRoute(size, outgoing, input_splits, output_splits, num_rows, None))
+            routes.append(ExchangeRoute(size, num_rows, None, outgoing, input_splits, output_splits))
         return routes
 
     def _fixed(self, topk_ids_TK: Tensor, kept_TK: Tensor | None, shape: FixedShape) -> ExchangeRoute:
         outgoing, W = self.outgoing(topk_ids_TK, kept_TK, shape), self.groups.ep_size
         splits = [len(outgoing.entry_S) // W] * W
-        return ExchangeRoute(len(topk_ids_TK), outgoing, splits, splits, None, shape.rows_per_expert * W)
+        return ExchangeRoute(len(topk_ids_TK), None, shape.rows_per_expert * W, outgoing, splits, splits)
 
     @override
     def send(self, x_TD: Tensor, topk_scores_TK: Tensor, route: ExchangeRoute) -> Pending[Dispatched[ExchangeRoute]]:
@@ -119,7 +123,7 @@ class ExchangeDispatcher(Dispatcher[ExchangeRoute]):
             if order.has_gaps:  # they take the entry that is for no expert, and whatever token
                 x_TD = x_TD if len(x_TD) else x_TD.new_zeros(1, x_TD.shape[1])
                 token_S, entries = token_S.clamp(max=len(x_TD) - 1), pad(entries, (0, 0, 0, 1))
-            message = pack_rows(fields, x_TD, token_S, entries, ids, entry_S=entry_S)
+            message = pack_rows(fields, x_TD, token_S, entries, ids, entry_S)
             arriving = start_all_to_all(message, route.output_splits, route.input_splits, self.group)
             return arriving.then(lambda message: received(*unpack(fields, message)))
 
@@ -134,15 +138,9 @@ class ExchangeDispatcher(Dispatcher[ExchangeRoute]):
         def returned(grad_x_SD: Tensor, grad_scores_SM: Tensor) -> tuple[Tensor, ...]:
             return sum_of_rows(grad_x_SD.to(dtype), order), self.from_entries(grad_scores_SM, order)
 
-        return travel(there, back, x_TD, topk_scores_TK).then(lambda arrived: self._arrived(route, *arrived))
-
-    def _arrived(
-        self, route: ExchangeRoute, x_AD: Tensor, weights_AM: Tensor, ids_AM: Tensor
-    ) -> Dispatched[ExchangeRoute]:
-        local_ids_AM = ids_AM.long() - self.local_experts.start
-        mine_AM = (local_ids_AM >= 0) & (local_ids_AM < len(self.local_experts))
-        plan = plan_permutation(local_ids_AM, len(self.local_experts), mine_AM, route.num_rows, route.rows_per_expert)
-        return Dispatched(x_AD, weights_AM, plan, route)
+        return travel(there, back, x_TD, topk_scores_TK).then(
+            lambda tensors: arrived(route, self.local_experts, *tensors)
+        )
 
     @override
     def combine(self, y_AD: Tensor, state: Dispatched[ExchangeRoute]) -> Pending[Tensor]:
@@ -159,7 +157,7 @@ class ExchangeDispatcher(Dispatcher[ExchangeRoute]):
             returning = start_all_to_all(rows, route.output_splits, route.input_splits, self.group)
             return returning.then(lambda grad_AD: (grad_AD.to(dtype),))
 
-        return travel(there, back, y_AD).then(lambda arrived: arrived[0])
+        return travel(there, back, y_AD).then(lambda tensors: tensors[0])
 
 
 def destinations(topk_ids_TK: Tensor, kept_TK: Tensor | None, num_experts: int, ep_size: int) -> tuple[Tensor, Tensor]:

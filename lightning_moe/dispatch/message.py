@@ -58,15 +58,18 @@ def pack(fields: Sequence[Field], tensors: Sequence[Tensor]) -> Tensor:
     return message_SB
 
 
-def pack_rows(fields: Sequence[Field], x_TD: Tensor, token_S: Tensor, *tables: Tensor, entry_S: Tensor) -> Tensor:
-    """A message whose row s holds row ``token_S[s]`` of ``x`` and row ``entry_S[s]`` of every table, [S, B] uint8."""
+def pack_rows(
+    fields: Sequence[Field], x_TD: Tensor, token_S: Tensor, scores: Tensor, ids: Tensor, entry_S: Tensor
+) -> Tensor:
+    """A message of row ``token_S[s]`` of ``x`` and row ``entry_S[s]`` of scores and ids in every row s, [S, B] uint8."""
     if (kernels := kernels_for(x_TD)) and fields[1].dtype == torch.float32:
-        message: Tensor = kernels.pack_rows(x_TD, token_S, tables[0], tables[1], entry_S, fields[0].dtype)
+        message: Tensor = kernels.pack_rows(x_TD, token_S, scores, ids, entry_S, fields[0].dtype)
         return message
     offsets, row_bytes = layout(fields)
     message_SB = x_TD.new_empty((len(token_S), row_bytes), dtype=torch.uint8)
-    for field, offset, table in zip(fields, offsets, (x_TD, *tables), strict=True):
-        part, index_S = _part(message_SB, field, offset), token_S if table is x_TD else entry_S
+    tables = (x_TD, token_S), (scores, entry_S), (ids, entry_S)
+    for field, offset, (table, index_S) in zip(fields, offsets, tables, strict=True):
+        part = _part(message_SB, field, offset)
         if table.dtype == field.dtype and len(index_S):
             torch.index_select(table, 0, index_S, out=part)
         else:

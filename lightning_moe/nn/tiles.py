@@ -1,7 +1,7 @@
 """The experts on a CPU: each expert's rows in tiles that stay in the cache from the first product to the last.
 
 A tile is gathered from the tokens, goes through both products in buffers that the next one uses again, and is added to
-its tokens, so that no array of rows is ever written but the fused gate-up output, and that is all that backward needs.
+its tokens, so that of many rows no array is written but the fused gate-up output, which is all that backward needs.
 
 Shapes: A tokens on this rank, K experts per token, R rows in expert order, L local experts, D model width, F expert
 width, G = 2F where the activation is gated and F where it is not, n rows of a tile, m those with padding.
@@ -22,7 +22,8 @@ from lightning_moe.dispatch.permute import Permutation, gather, sum_of_rows
 from lightning_moe.nn.activation import activate_backward_into, activate_into
 
 TILE = 1024
-"""Most rows of a tile: a tile of 512 x 512 in fp32 fills a 1 MB cache (measured: docs/performance.md)."""
+"""Most rows of a tile: of more, what one product wrote has left the cache before the next reads it; with fewer, each
+product's own preparation of its weights, once per tile, begins to count."""
 
 
 def run_in_tiles(
@@ -97,7 +98,7 @@ class _SumByToken:
         num_rows, D = len(plan.assignment_R), like_AD.shape[1]
         self.plan, self.dtype = plan, like_AD.dtype
         self.keeps_rows = num_rows * D * like_AD.element_size() <= _FEW_BYTES and not plan.has_gaps
-        self.rows = like_AD.new_empty(num_rows + _row_multiple(self.dtype) if self.keeps_rows else largest, D)
+        self.rows = like_AD.new_empty(num_rows + _row_multiple(self.dtype) - 1 if self.keeps_rows else largest, D)
         if not self.keeps_rows:
             self.total_AD = like_AD.new_zeros(like_AD.shape, dtype=_wide(self.dtype))
 
@@ -141,10 +142,10 @@ class _WeightGradient:
         """Adds ``left @ right`` to that of the tile's expert."""
         if self.total_LGD is None:
             return
-        total_GD = self.total_LGD[tile.expert]
-        if tile.is_only or (tile.is_first and left.dtype == _wide(left.dtype)):
+        total_GD, is_wide = self.total_LGD[tile.expert], left.dtype == _wide(left.dtype)
+        if tile.is_only or (tile.is_first and is_wide):
             torch.mm(left, right, out=total_GD)
-        elif left.dtype == _wide(left.dtype):
+        elif is_wide:
             total_GD.addmm_(left, right)
         else:  # rounded to bf16 after every tile, small gradients would be lost on large ones
             if self._sum_GD is None:
@@ -169,7 +170,7 @@ class _Tiles(torch.autograd.Function):
         tiles, token_R, weights_R1 = _prepared(x_AD, weights_AK, plan)
         largest = max((tile.padded for tile in tiles), default=0)
         buffers, y = _Buffers(x_AD, largest, x=D, act=F), _SumByToken(x_AD, plan, largest)
-        h_RG = x_AD.new_empty(len(token_R) + _row_multiple(x_AD.dtype), G)
+        h_RG = x_AD.new_empty(len(token_R) + _row_multiple(x_AD.dtype) - 1, G)
         for tile in tiles:
             x, act = buffers(tile.padded, "x", "act")
             rows, size, token = tile.rows, tile.size, token_R[tile.rows]

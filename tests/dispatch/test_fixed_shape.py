@@ -238,7 +238,7 @@ def with_and_without(name: str, ep_size: int, case: str, chunks: int, work: Call
 @layouts
 @names
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize(("work", "chunks"), [(by_tiles, 1), (by_rows, 1), (by_tiles, 2)])
+@pytest.mark.parametrize(("work", "chunks"), [(by_rows, 1), (by_tiles, 2)])
 def test_as_without(
     world: int,
     ep_size: int,
