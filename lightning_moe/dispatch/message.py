@@ -61,7 +61,7 @@ def pack(fields: Sequence[Field], tensors: Sequence[Tensor]) -> Tensor:
 def pack_rows(
     fields: Sequence[Field], x_TD: Tensor, token_S: Tensor, scores: Tensor, ids: Tensor, entry_S: Tensor
 ) -> Tensor:
-    """A message of row ``token_S[s]`` of ``x`` and row ``entry_S[s]`` of scores and ids in every row s, [S, B] uint8."""
+    """A message, [S, B] uint8: in row s row ``token_S[s]`` of ``x`` and row ``entry_S[s]`` of scores and ids."""
     if (kernels := kernels_for(x_TD)) and fields[1].dtype == torch.float32:
         message: Tensor = kernels.pack_rows(x_TD, token_S, scores, ids, entry_S, fields[0].dtype)
         return message

@@ -101,7 +101,8 @@ class GroupedExperts(nn.Module):
     def forward(self, x_AD: Tensor, weights_AK: Tensor, plan: Permutation) -> Tensor:
         """Weighted sum of every token's experts on this rank, [A, D] -> [A, D], in the dtype of ``x``.
 
-        On a CPU in tiles that stay in its cache, elsewhere in two grouped matrix products.
+        On a CPU in tiles that stay in its cache, unless experts are so small or have so few rows that a loop over them
+        costs more than it saves; elsewhere in two grouped matrix products.
 
         Args:
             x_AD: Tokens, in any order; none at all keep the graph connected.
@@ -114,7 +115,7 @@ class GroupedExperts(nn.Module):
         if torch.is_autocast_enabled(device_type):  # grouped_mm is on no autocast list
             narrow = torch.get_autocast_dtype(device_type)
             x_AD, w1, w2 = x_AD.to(narrow), w1.to(narrow), w2.to(narrow)
-        run = run_in_tiles if device_type == "cpu" else run_by_rows
+        run = run_in_tiles if tiles_are_faster(x_AD, plan, w1, w2) else run_by_rows
         return run(x_AD, weights_AK, plan, w1, w2, self.activation).to(dtype)
 
     def extra_repr(self) -> str:
@@ -123,6 +124,19 @@ class GroupedExperts(nn.Module):
             f"experts {self.expert_ids.start}-{self.expert_ids.stop - 1} of {self.num_experts}, "
             f"activation={self.activation}"
         )
+
+
+def tiles_are_faster(x_AD: Tensor, plan: Permutation, w1_LGD: Tensor, w2_LDF: Tensor) -> bool:
+    """Which of two ways to take, by device, dtype and the size of an expert's first product (benchmarks/experts.py)."""
+    if x_AD.device.type != "cpu":
+        return False
+    if not (_grouped_mm_takes(x_AD, w1_LGD) and _grouped_mm_takes(x_AD, w2_LDF)):
+        return True  # the other way is a loop over experts, too
+    return len(plan.assignment_R) * w1_LGD[0].numel() >= _TILES_FROM * len(w1_LGD)
+
+
+_TILES_FROM = 2**23
+"""Multiplications in the first product of a mean expert; at that size both ways take about as long."""
 
 
 def run_by_rows(

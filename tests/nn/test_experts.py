@@ -7,7 +7,7 @@ import math
 import re
 from collections.abc import Callable
 from itertools import pairwise
-from typing import get_args
+from typing import cast, get_args
 
 import pytest
 import torch
@@ -21,7 +21,6 @@ from lightning_moe.dispatch.permute import Permutation, plan_permutation
 from lightning_moe.nn import GroupedExperts, SharedMLP
 from lightning_moe.nn import experts as experts_module
 from lightning_moe.nn.experts import grouped_linear, run_by_rows
-from lightning_moe.nn.tiles import run_in_tiles
 from lightning_moe.parallel import (
     SINGLE_RANK,
     ExpertGroups,
@@ -334,16 +333,19 @@ def test_copies_are_independent() -> None:
     assert (twin.expert_ids, twin.seed) == (experts.expert_ids, experts.seed)
 
 
-def test_autocast_computes_in_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("way", ["run_in_tiles", "run_by_rows"])
+def test_autocast_computes_in_bf16(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[torch.dtype] = []
+    run = getattr(experts_module, way)
 
     def watched(
         x: Tensor, weights: Tensor, plan: Permutation, w1: Tensor, w2: Tensor, activation: Activation
     ) -> Tensor:
         calls.extend(tensor.dtype for tensor in (x, w1, w2, weights))
-        return run_in_tiles(x, weights, plan, w1, w2, activation)
+        return cast(Tensor, run(x, weights, plan, w1, w2, activation))
 
-    monkeypatch.setattr(experts_module, "run_in_tiles", watched)
+    monkeypatch.setattr(experts_module, way, watched)
+    monkeypatch.setattr(experts_module, "tiles_are_faster", lambda *_: way == "run_in_tiles")
     moe = MoE(8, MoEConfig(num_experts=4, intermediate_size=16, num_shared_experts=1))
     x = torch.randn(5, 8, requires_grad=True)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -377,3 +379,23 @@ def test_experts_of_a_layer_are_those_of_the_scope() -> None:
         moe = MoE(8, MoEConfig(num_experts=8))
     assert list(moe.experts.expert_ids) == [4, 5]
     assert (moe.num_experts, moe.num_local_experts) == (8, 2)
+
+
+@pytest.mark.parametrize(
+    ("width", "inner", "tokens", "dtype", "expected"),
+    [
+        (64, 64, 64, torch.float32, False),  # small experts: a loop costs more than it saves
+        (256, 512, 8, torch.bfloat16, False),  # few rows, as in generation
+        (256, 512, 256, torch.float32, True),
+        (256, 512, 256, torch.bfloat16, True),
+        (64, 64, 64, torch.float64, True),  # nothing else takes it
+        (6, 7, 64, torch.float32, True),  # rows that grouped_mm does not take
+    ],
+)
+def test_the_faster_way_is_taken(width: int, inner: int, tokens: int, dtype: torch.dtype, expected: bool) -> None:
+    experts = GroupedExperts(width, inner, 8, "swiglu", SINGLE_RANK).to(dtype)
+    plan = plan_permutation(torch.arange(tokens * 2).view(tokens, 2) % 8, 8)
+    x = torch.empty(tokens, width, dtype=dtype)
+    assert experts_module.tiles_are_faster(x, plan, experts.w1, experts.w2) is expected
+    with torch.device("meta"):
+        assert not experts_module.tiles_are_faster(torch.empty(tokens, width), plan, experts.w1, experts.w2)

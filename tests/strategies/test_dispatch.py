@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from tests.strategies.test_exactness import Case, check, fit, pairwise
-from tests.toy import CONFIG
+from lightning_moe.nn import experts
+from tests.strategies.test_exactness import STEPS, Case, assert_same, check, dataset, fit, pairwise
+from tests.toy import CONFIG, Toy, Trained, train_reference
 
 CAPACITY: dict[str, dict[str, Any]] = {
     "dropless": {},
@@ -63,6 +64,24 @@ def test_run_is_that_of_one_process(case: tuple[Case, str | None], get_pool: Any
 @pytest.mark.parametrize("case", GRID, ids=name)
 def test_run_is_that_of_one_process_everywhere(case: tuple[Case, str | None], get_pool: Any) -> None:
     check(case[0], get_pool, aux=(0.5, 0.05), recompute=case[1], **SGD)
+
+
+def fit_in_tiles(*args: Any, **kwargs: Any) -> Trained:
+    """These experts are so small that no tile would be made."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(experts, "tiles_are_faster", lambda *_: True)
+        return fit(*args, **kwargs)
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_experts_in_tiles(stage: int, get_pool: Any) -> None:
+    case = case_of("fused", 1, "dropping", 2, stage)
+    results = get_pool(4).run(fit_in_tiles, case, (0.5, 0.05), recompute="non-reentrant", **SGD)
+    model = Toy(case.config, **SGD)
+    assert_same(
+        results,
+        train_reference(model, dataset(case), 4, STEPS, case.accumulate, load_balancing=0.5, router_z=0.05),
+    )
 
 
 def test_bf16_on_the_wire_costs_its_rounding_only(get_pool: Any) -> None:
