@@ -25,7 +25,7 @@ from typing_extensions import override
 from lightning_moe.dispatch.base import Dispatched, Dispatcher, FixedShape, Route, chunk_sizes, ep_group_of
 from lightning_moe.dispatch.exchange import ExchangeRoute
 from lightning_moe.dispatch.fused import FusedDispatcher
-from lightning_moe.dispatch.permute import plan_permutation
+from lightning_moe.dispatch.permute import plan_permutation, triton_kernels
 from lightning_moe.parallel import ExpertGroups
 from lightning_moe.parallel.collectives import Pending, travel
 
@@ -337,7 +337,8 @@ def why_not_fixed(ep_size: int) -> str | None:
 
 def _which_runs(reason: str | None) -> str:
     if reason is not None:
-        return f"dispatcher='fused': torch collectives, because {reason}."
+        kernels = " with Triton kernels" if torch.cuda.is_available() and triton_kernels() else ""
+        return f"dispatcher='fused': torch collectives{kernels}, because {reason}."
     version = getattr(import_module("deep_ep"), "__version__", "of unknown version")
     why = f"deep_ep {version} is installed and the GPUs are Hopper or newer"
     return f"dispatcher='fused': DeepEP's kernels, because {why}."

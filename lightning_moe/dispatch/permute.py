@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
+from importlib import import_module
 from types import ModuleType
 from typing import Any
 
@@ -125,17 +126,17 @@ def unpermute(y_RD: Tensor, topk_scores_TK: Tensor, plan: Permutation) -> Tensor
 
 
 @cache
-def _triton_kernels() -> ModuleType | None:
+def triton_kernels() -> ModuleType | None:
+    """Triton's kernels; ``None`` where Triton is not installed."""
     try:
-        from lightning_moe.dispatch import triton_kernels
+        return import_module("lightning_moe.dispatch.triton_kernels")
     except ImportError:  # Triton comes with CUDA builds of torch, and those for some platforms are without
         return None
-    return triton_kernels
 
 
 def kernels_for(rows: Tensor) -> ModuleType | None:
     """Triton's kernels where they can work on these rows; ``None`` leaves it to torch."""
-    return _triton_kernels() if rows.is_cuda else None
+    return triton_kernels() if rows.is_cuda else None
 
 
 def rows_of_tokens(x_TD: Tensor, plan: Permutation) -> Tensor:
