@@ -100,7 +100,6 @@ def _warm(get_pool: Any) -> None:
     [
         Case(4, 4, 1, "alltoall"),
         Case(4, 2, 2, "allgather"),
-        Case(4, 4, 3, "allgather"),
         Case(4, 2, 3, "alltoall"),
         Case(4, 4, 2, "fused"),
         Case(4, 2, 0, "fused", moe=replace(CONFIG, overlap_chunks=3)),
