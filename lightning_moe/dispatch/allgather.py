@@ -48,7 +48,7 @@ class AllGatherRoute(SizedRoute):
 
 
 class AllGatherDispatcher(Dispatcher[AllGatherRoute]):
-    """Gathers tokens and routes over the EP group; the ranks' shares come back by a reduce-scatter."""
+    """Gathers tokens and routes over the EP group; the ranks' shares come back and are summed."""
 
     def __init__(self, num_experts: int, groups: ExpertGroups, wire_dtype: torch.dtype | None = None) -> None:
         super().__init__(num_experts, groups, wire_dtype)

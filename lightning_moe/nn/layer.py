@@ -87,7 +87,8 @@ class MoE(nn.Module):
         self.tuner = None
         if config.dispatcher == "tune":
             self.tuner = make_tuner(config.num_experts, groups, wire_dtype, config.overlap_chunks)
-        self._agreed_shape: FixedShape | None = None
+        # By mode and settings, both of which the capacity depends on: for the capture of a CUDA graph.
+        self._agreed_shapes: dict[tuple[bool, MoEConfig], FixedShape] = {}
 
     @property
     def dispatcher(self) -> Dispatcher[Any]:
@@ -162,8 +163,10 @@ class MoE(nn.Module):
             x_TD = x_TD.masked_fill(~tokens.valid_T.unsqueeze(1), 0)  # no NaN of padding may come near a gradient
         chosen: Routing = without_padding(self.router(x_TD, tokens), tokens)
         dispatcher = self.dispatcher
-        routing, shape = place(chosen, tokens, self.router, dispatcher, self._agreed_shape)
-        self._agreed_shape = shape
+        mode = self.training, self.config
+        routing, shape = place(chosen, tokens, self.router, dispatcher, self._agreed_shapes.get(mode))
+        if shape is not None:
+            self._agreed_shapes[mode] = shape
         tie = self.tap.prepare(chosen, routing, tokens) if self.training else None
         routes = dispatcher.plan(routing.topk_ids_TK, routing.kept_TK, shape, self.config.overlap_chunks)
         travelling = x_TD, routing.topk_scores_TK.float()

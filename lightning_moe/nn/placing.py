@@ -27,7 +27,8 @@ def place(
         tokens: The tokens.
         router: Its config has the capacity and what happens above it.
         dispatcher: Knows the EP group, whose ranks agree on one capacity.
-        agreed: The shape of an earlier pass, for the capture of a CUDA graph, in which nobody can wait for an answer.
+        agreed: The shape of an earlier pass in the same mode, for the capture of a CUDA graph, in which nobody can
+            wait for an answer.
 
     Returns:
         The routing with ``kept_TK``, and the shape to pad to, where the config asks for it.

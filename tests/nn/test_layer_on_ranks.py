@@ -147,3 +147,17 @@ def refused(fields: dict[str, Any], message: str, warm: int, num_tokens: int) ->
 )
 def test_what_a_graph_cannot_hold_is_refused(fields: dict[str, Any], message: str, warm: int, pool2: RankPool) -> None:
     pool2.run(refused, fields, message, warm, 6, timeout=LIMIT)
+
+
+def refused_after_evaluation() -> None:
+    """Its capacity may be another."""
+    moe = layer("fused", 2, eval_capacity_factor=1.0, **PADDED)
+    moe.eval()(batch())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(placing, "is_capturing", lambda: True)
+        with pytest.raises(RuntimeError, match=r"^6 tokens: a CUDA graph is captured"):
+            moe.train()(batch())
+
+
+def test_a_shape_of_evaluation_is_not_one_of_training(pool2: RankPool) -> None:
+    pool2.run(refused_after_evaluation, timeout=LIMIT)
