@@ -1,6 +1,7 @@
 """The activation between an expert's two products, with and without autograd.
 
-Shapes: R rows, F expert width, G = 2F where the activation is gated and F where it is not.
+Shapes: R rows, F expert width, G = 2F where the activation is gated and F where it is not,
+P = G / F, n rows of a tile.
 """
 
 from __future__ import annotations
@@ -22,45 +23,45 @@ def activate(h_RG: Tensor, activation: Activation) -> Tensor:
     return functional.gelu(h_RG) if activation == "gelu" else functional.relu(h_RG)
 
 
-def activate_into(h_RG: Tensor, activation: Activation, *, act_RF: Tensor, silu_RF: Tensor | None = None) -> None:
+def activate_into(h_PnF: Tensor, activation: Activation, *, act_nF: Tensor, silu_nF: Tensor | None = None) -> None:
     """Writes ``activate(h)``.
 
     Args:
-        h_RG: What is activated.
+        h_PnF: What is activated; of ``swiglu`` the gates, then what they let through.
         activation: Which.
-        act_RF: Takes the result.
-        silu_RF: Takes ``silu(gate)`` for :func:`activate_backward_into`; ``None`` where nobody needs it.
+        act_nF: Takes the result.
+        silu_nF: Takes ``silu(gate)`` for :func:`activate_backward_into`; ``None`` where nobody needs it.
     """
     if activation == "swiglu":
-        gate_RF, up_RF = h_RG.chunk(2, dim=-1)
-        silu_RF = act_RF if silu_RF is None else silu_RF
-        _aten.silu.out(gate_RF, out=silu_RF)
-        torch.mul(silu_RF, up_RF, out=act_RF)
+        gate_nF, up_nF = h_PnF.unbind()
+        silu_nF = act_nF if silu_nF is None else silu_nF
+        _aten.silu.out(gate_nF, out=silu_nF)
+        torch.mul(silu_nF, up_nF, out=act_nF)
     elif activation == "gelu":
-        _aten.gelu.out(h_RG, out=act_RF)
+        _aten.gelu.out(h_PnF[0], out=act_nF)
     else:
-        torch.clamp(h_RG, min=0, out=act_RF)
+        torch.clamp(h_PnF[0], min=0, out=act_nF)
 
 
 def activate_backward_into(
-    h_RG: Tensor, activation: Activation, grad_RF: Tensor, silu_RF: Tensor, *, grad_h_RG: Tensor
+    h_PnF: Tensor, activation: Activation, grad_nF: Tensor, silu_nF: Tensor, *, grad_h_nG: Tensor
 ) -> None:
     """Writes the gradient with respect to ``h``.
 
     Args:
-        h_RG: What was activated.
+        h_PnF: What was activated.
         activation: Which.
-        grad_RF: The gradient with respect to the result; what it holds afterwards is undefined.
-        silu_RF: Of :func:`activate_into`.
-        grad_h_RG: Takes the result.
+        grad_nF: The gradient with respect to the result; what it holds afterwards is undefined.
+        silu_nF: Of :func:`activate_into`.
+        grad_h_nG: Takes the result, the parts side by side.
     """
     if activation == "swiglu":
-        gate_RF, up_RF = h_RG.chunk(2, dim=-1)
-        grad_gate_RF, grad_up_RF = grad_h_RG.chunk(2, dim=-1)
-        torch.mul(grad_RF, silu_RF, out=grad_up_RF)
-        grad_RF.mul_(up_RF)
-        _aten.silu_backward.grad_input(grad_RF, gate_RF, grad_input=grad_gate_RF)
+        gate_nF, up_nF = h_PnF.unbind()
+        grad_gate_nF, grad_up_nF = grad_h_nG.chunk(2, dim=-1)
+        torch.mul(grad_nF, silu_nF, out=grad_up_nF)
+        grad_nF.mul_(up_nF)
+        _aten.silu_backward.grad_input(grad_nF, gate_nF, grad_input=grad_gate_nF)
     elif activation == "gelu":
-        _aten.gelu_backward.grad_input(grad_RF, h_RG, grad_input=grad_h_RG)
+        _aten.gelu_backward.grad_input(grad_nF, h_PnF[0], grad_input=grad_h_nG)
     else:
-        _aten.threshold_backward.grad_input(grad_RF, h_RG, 0, grad_input=grad_h_RG)
+        _aten.threshold_backward.grad_input(grad_nF, h_PnF[0], 0, grad_input=grad_h_nG)

@@ -1,29 +1,41 @@
 """The experts on a CPU: each expert's rows in tiles that stay in the cache from the first product to the last.
 
-A tile is gathered from the tokens, goes through both products in buffers that the next one uses again, and is added to
-its tokens, so that of many rows no array is written but the fused gate-up output, which is all that backward needs.
+A tile is gathered from the tokens and goes through both products in buffers that the next one uses again. Of all rows
+only the gate-up product is kept for backward, and of a run of tiles what is to be summed by token.
+
+No block of memory is larger than it must be, since the allocator gives large ones back to the system and every page of
+a new one costs a fault: the gate-up product is one block per tile, the rows to be summed one per run.
 
 Shapes: A tokens on this rank, K experts per token, R rows in expert order, L local experts, D model width, F expert
-width, G = 2F where the activation is gated and F where it is not, n rows of a tile, m those with padding.
+width, P = 2 where the activation is gated and 1 where it is not, G = P*F, n rows of a tile with padding.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn import functional
 
 from lightning_moe.config import Activation
-from lightning_moe.dispatch.permute import Permutation, gather, sum_of_rows
+from lightning_moe.dispatch.permute import Permutation, gather
 from lightning_moe.nn.activation import activate_backward_into, activate_into
 
 TILE = 1024
 """Most rows of a tile: of more, what one product wrote has left the cache before the next reads it; with fewer, each
 product's own preparation of its weights, once per tile, begins to count."""
+
+_RUN_BYTES = 16 * 2**20
+"""Of rows that are kept until they are summed by token. glibc's malloc maps blocks above 32 MiB anew each time."""
+
+_ROW_MULTIPLE = 8
+"""Of the rows of a product in bf16: oneDNN compiles it for every number of rows, which takes as long: so give it few."""
+
+_MOST_RUNS = 4
+"""Every run looks at all tokens, so that many rows are kept in larger blocks rather than in more."""
 
 
 def run_in_tiles(
@@ -53,16 +65,12 @@ class _Tile:
     def rows(self) -> slice:
         return slice(self.start, self.start + self.size)
 
-    @property
-    def spilled(self) -> slice:
-        """The rows that a product writes: the padding runs into rows that later tiles write, or nobody reads."""
-        return slice(self.start, self.start + self.padded)
 
-
-def _tiles(plan: Permutation, dtype: torch.dtype) -> Iterator[_Tile]:
+def _tiles(plan: Permutation, dtype: torch.dtype) -> list[_Tile]:
     """In the order of rows; an expert's tiles are of about one size."""
+    tiles = []
     start = 0
-    multiple = _row_multiple(dtype)
+    multiple = _ROW_MULTIPLE if dtype in (torch.bfloat16, torch.float16) else 1
     for expert, size in enumerate(plan.tokens_per_expert_E.tolist()):
         begin = start if plan.rows_per_expert is None else expert * plan.rows_per_expert
         start = begin + size
@@ -70,61 +78,68 @@ def _tiles(plan: Permutation, dtype: torch.dtype) -> Iterator[_Tile]:
         for i in range(number):
             first, end = size * i // number, size * (i + 1) // number
             padded = -(-(end - first) // multiple) * multiple
-            yield _Tile(expert, begin + first, end - first, padded, i == 0, number == 1)
+            tiles.append(_Tile(expert, begin + first, end - first, padded, i == 0, number == 1))
+    return tiles
 
 
-def _row_multiple(dtype: torch.dtype) -> int:
-    """Products in bf16 are compiled for every number of rows (by oneDNN), which takes as long: so give it few."""
-    return 8 if dtype in (torch.bfloat16, torch.float16) else 1
+@dataclass(frozen=True)
+class _Run:
+    """Tiles whose rows are summed together."""
+
+    tiles: list[_Tile]
+
+    @property
+    def start(self) -> int:
+        return self.tiles[0].start
+
+    @property
+    def size(self) -> int:
+        """Rows from the first tile's start to the last one's end."""
+        return self.tiles[-1].start + self.tiles[-1].size - self.start
+
+    def place_of(self, tile: _Tile) -> slice:
+        """The rows that a product writes, from the start of the run; its padding runs into those of later tiles."""
+        return slice(tile.start - self.start, tile.start - self.start + tile.padded)
 
 
-class _Buffers:
-    """Memory for one tile, used again by each."""
-
-    def __init__(self, like: Tensor, num_rows: int, **widths: int) -> None:
-        self._of = {name: like.new_empty(num_rows, width) for name, width in widths.items()}
-
-    def __call__(self, num_rows: int, *names: str) -> list[Tensor]:
-        return [self._of[name][:num_rows] for name in names]
+def _runs(tiles: list[_Tile], bytes_per_row: int) -> list[_Run]:
+    """At most ``_MOST_RUNS`` of about one size."""
+    total = sum(tile.size for tile in tiles)
+    number = min(-(-total * bytes_per_row // _RUN_BYTES), _MOST_RUNS)
+    runs: list[list[_Tile]] = [[] for _ in range(number)]
+    done = 0
+    for tile in tiles:
+        runs[done * number // total].append(tile)
+        done += tile.size
+    return [_Run(run) for run in runs if run]
 
 
 class _SumByToken:
-    """Sums rows by token.
+    """Sums rows by token, a run at a time."""
 
-    Few rows are kept and summed at the end, in one pass; many are added tile by tile, so that none is kept.
-    """
+    def __init__(self, like_AD: Tensor, plan: Permutation, num_runs: int) -> None:
+        self._like_AD, self._row_AK = like_AD, plan.row_TK
+        # A sum of two is rounded once either way.
+        self._wide = _wide(like_AD.dtype) if num_runs > 2 else like_AD.dtype
+        self._total_AD: Tensor | None = None
 
-    def __init__(self, like_AD: Tensor, plan: Permutation, largest: int) -> None:
-        num_rows, D = len(plan.assignment_R), like_AD.shape[1]
-        self.plan, self.dtype = plan, like_AD.dtype
-        self.keeps_rows = num_rows * D * like_AD.element_size() <= _FEW_BYTES and not plan.has_gaps
-        self.rows = like_AD.new_empty(num_rows + _row_multiple(self.dtype) - 1 if self.keeps_rows else largest, D)
-        if not self.keeps_rows:
-            self.total_AD = like_AD.new_zeros(like_AD.shape, dtype=_wide(self.dtype))
+    def rows_of(self, run: _Run) -> Tensor:
+        """Where its tiles are to be written."""
+        return self._like_AD.new_empty(run.size + _ROW_MULTIPLE, self._like_AD.shape[1])
 
-    def rows_of(self, tile: _Tile) -> Tensor:
-        """Where the tile's rows are to be written."""
-        return self.rows[tile.spilled] if self.keeps_rows else self.rows[: tile.padded]
-
-    def add(self, tile: _Tile, token: Tensor, weights: Tensor | None) -> None:
-        """Adds what was written, each row times its weight."""
-        rows = self.rows_of(tile)[: tile.size]
-        if self.keeps_rows:
-            if weights is not None:
-                rows.mul_(weights)
-            return
-        rows = rows.to(self.total_AD.dtype)
-        self.total_AD.index_add_(0, token, rows if weights is None else rows.mul_(weights))
+    def add(self, run: _Run, rows: Tensor) -> None:
+        """Adds what was written."""
+        rows[run.size].zero_()  # for assignments that have no row in this run
+        index_AK = self._row_AK - run.start
+        index_AK.masked_fill_((index_AK < 0) | (index_AK >= run.size), run.size)
+        sum_AD = functional.embedding_bag(index_AK, rows, mode="sum")
+        self._total_AD = sum_AD.to(self._wide) if self._total_AD is None else self._total_AD.add_(sum_AD)
 
     def result(self) -> Tensor:
         """[A, D]."""
-        if self.keeps_rows:
-            return sum_of_rows(self.rows[: len(self.plan.assignment_R)], self.plan)
-        return self.total_AD.to(self.dtype)
-
-
-_FEW_BYTES = 8 * 2**20
-"""Rows that stay in the cache until they are summed."""
+        if self._total_AD is None:
+            return torch.zeros_like(self._like_AD)
+        return self._total_AD.to(self._like_AD.dtype)
 
 
 class _WeightGradient:
@@ -166,58 +181,68 @@ class _Tiles(torch.autograd.Function):
         plan: Permutation,
         activation: Activation,
     ) -> Tensor:
-        (D, F), G = w2_LDF.shape[1:], w1_LGD.shape[1]
-        tiles, token_R, weights_R1 = _prepared(x_AD, weights_AK, plan)
-        largest = max((tile.padded for tile in tiles), default=0)
-        buffers, y = _Buffers(x_AD, largest, x=D, act=F), _SumByToken(x_AD, plan, largest)
-        h_RG = x_AD.new_empty(len(token_R) + _row_multiple(x_AD.dtype) - 1, G)
-        for tile in tiles:
-            x, act = buffers(tile.padded, "x", "act")
-            rows, size, token = tile.rows, tile.size, token_R[tile.rows]
-            torch.index_select(x_AD, 0, token, out=x[:size])
-            torch.mm(x, w1_LGD[tile.expert].t(), out=h_RG[tile.spilled])
-            activate_into(h_RG[rows], activation, act_RF=act[:size])
-            torch.mm(act, w2_LDF[tile.expert].t(), out=y.rows_of(tile))
-            y.add(tile, token, weights_R1[rows])
-        ctx.save_for_backward(x_AD, weights_AK, w1_LGD, w2_LDF, h_RG)
+        D, F = w2_LDF.shape[1:]
+        work = _Work(x_AD, weights_AK, plan)
+        x_nD, act_nF = work.buffers(D, F)
+        w1_LPFD = w1_LGD.unflatten(1, (-1, F))
+        y = _SumByToken(x_AD, plan, len(work.runs))
+        h: list[Tensor] = []
+        for run in work.runs:
+            y_RD = y.rows_of(run)
+            for tile in run.tiles:
+                n, expert = tile.padded, tile.expert
+                token, weights = work.token_R[tile.rows], work.weights_R1[tile.rows]
+                h_PnF = x_AD.new_empty(w1_LPFD.shape[1], n, F)
+                torch.index_select(x_AD, 0, token, out=x_nD[: tile.size])
+                for part, w1_FD in zip(h_PnF, w1_LPFD[expert], strict=True):  # so that each is contiguous
+                    torch.mm(x_nD[:n], w1_FD.t(), out=part)
+                activate_into(h_PnF, activation, act_nF=act_nF[:n])
+                act_nF[: tile.size].mul_(weights)
+                torch.mm(act_nF[:n], w2_LDF[expert].t(), out=y_RD[run.place_of(tile)])
+                h.append(h_PnF)
+            y.add(run, y_RD)
+        ctx.save_for_backward(x_AD, weights_AK, w1_LGD, w2_LDF, *h)
         ctx.plan, ctx.activation = plan, activation
         return y.result()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_AD: Tensor) -> tuple[Tensor | None, ...]:
-        x_AD, weights_AK, w1_LGD, w2_LDF, h_RG = ctx.saved_tensors
+        x_AD, weights_AK, w1_LGD, w2_LDF, *h = ctx.saved_tensors
         plan: Permutation = ctx.plan
         (D, F), G = w2_LDF.shape[1:], w1_LGD.shape[1]
-        tiles, token_R, weights_R1 = _prepared(x_AD, weights_AK, plan)
-        largest = max((tile.padded for tile in tiles), default=0)
-        buffers = _Buffers(x_AD, largest, x=D, grad_y=D, act=F, silu=F, grad_act=F, grad_h=G)
+        work = _Work(x_AD, weights_AK, plan)
+        x_nD, grad_y_nD, act_nF, silu_nF, grad_act_nF, grad_h_nG = work.buffers(D, D, F, F, F, G)
         needs_x, _, needs_w1, needs_w2 = ctx.needs_input_grad[:4]
         grad_w1, grad_w2 = _WeightGradient(w1_LGD, needs_w1, plan), _WeightGradient(w2_LDF, needs_w2, plan)
-        grad_weights_R = weights_AK.new_zeros(len(token_R))
-        grad_x = _SumByToken(x_AD, plan, largest)
-        for tile in tiles:
-            x, grad_y, act, silu, grad_act, grad_h = buffers(
-                tile.padded, "x", "grad_y", "act", "silu", "grad_act", "grad_h"
-            )
-            rows, size, token, weights = tile.rows, tile.size, token_R[tile.rows], weights_R1[tile.rows]
-            torch.index_select(grad_AD, 0, token, out=grad_y[:size])
-            torch.mm(grad_y, w2_LDF[tile.expert], out=grad_act)  # without the weight, for the weight's own gradient
-            activate_into(h_RG[rows], ctx.activation, act_RF=act[:size], silu_RF=silu[:size])
-            products = torch.mul(act[:size], grad_act[:size], out=grad_h[:size, :F])
-            torch.sum(products, 1, dtype=grad_weights_R.dtype, out=grad_weights_R[rows])
-            grad_y[:size].mul_(weights)
-            activate_backward_into(
-                h_RG[rows], ctx.activation, grad_act[:size].mul_(weights), silu[:size], grad_h_RG=grad_h[:size]
-            )
-            torch.index_select(x_AD, 0, token, out=x[:size])
-            for padded in (grad_y, act, grad_h, x):  # what stands there would be summed into the weights' gradients
-                padded[size:].zero_()
-            grad_w2.add(tile, grad_y.t(), act)
-            grad_w1.add(tile, grad_h.t(), x)
-            if needs_x:
-                torch.mm(grad_h, w1_LGD[tile.expert], out=grad_x.rows_of(tile))
-                grad_x.add(tile, token, None)
+        grad_weights_R = weights_AK.new_zeros(len(work.token_R))
+        grad_x = _SumByToken(x_AD, plan, len(work.runs))
+        saved = iter(h)
+        for run in work.runs:
+            grad_x_RD = grad_x.rows_of(run) if needs_x else None
+            for tile in run.tiles:
+                n, rows, expert = tile.padded, slice(tile.size), tile.expert
+                token, weights = work.token_R[tile.rows], work.weights_R1[tile.rows]
+                h_PnF, x, grad_y = next(saved), x_nD[:n], grad_y_nD[:n]
+                act, silu, grad_act, grad_h = act_nF[:n], silu_nF[:n], grad_act_nF[:n], grad_h_nG[:n]
+                torch.index_select(grad_AD, 0, token, out=grad_y[rows])
+                torch.mm(grad_y, w2_LDF[expert], out=grad_act)  # without the weight, for the weight's own gradient
+                activate_into(h_PnF, ctx.activation, act_nF=act, silu_nF=silu)
+                products = torch.mul(act[rows], grad_act[rows], out=grad_h[rows, :F])
+                torch.sum(products, 1, dtype=grad_weights_R.dtype, out=grad_weights_R[tile.rows])
+                act[rows].mul_(weights)
+                grad_act[rows].mul_(weights)
+                activate_backward_into(h_PnF, ctx.activation, grad_act, silu, grad_h_nG=grad_h)
+                torch.index_select(x_AD, 0, token, out=x[rows])
+                if n > tile.size:  # what stands in the padding would be summed into the weights' gradients
+                    for padded in (grad_y, act, grad_h, x):
+                        padded[tile.size :].zero_()
+                grad_w2.add(tile, grad_y.t(), act)
+                grad_w1.add(tile, grad_h.t(), x)
+                if grad_x_RD is not None:
+                    torch.mm(grad_h, w1_LGD[expert], out=grad_x_RD[run.place_of(tile)])
+            if grad_x_RD is not None:
+                grad_x.add(run, grad_x_RD)
         grad_weights_AK = gather(grad_weights_R.unsqueeze(1), plan.row_TK.reshape(-1), is_complete=False)
         grads = (
             grad_x.result() if needs_x else None,
@@ -228,10 +253,19 @@ class _Tiles(torch.autograd.Function):
         return *grads, None, None
 
 
-def _prepared(x_AD: Tensor, weights_AK: Tensor, plan: Permutation) -> tuple[list[_Tile], Tensor, Tensor]:
-    """The tiles, and the token and the weight of every row."""
-    weights_R1 = gather(weights_AK.reshape(-1, 1), plan.assignment_R, is_complete=not plan.has_gaps)
-    return list(_tiles(plan, x_AD.dtype)), plan.token_R, weights_R1
+class _Work:
+    """What forward and backward walk along."""
+
+    def __init__(self, x_AD: Tensor, weights_AK: Tensor, plan: Permutation) -> None:
+        tiles = _tiles(plan, x_AD.dtype)
+        self._like, self._largest = x_AD, max((tile.padded for tile in tiles), default=0)
+        self.runs = _runs(tiles, x_AD.shape[1] * x_AD.element_size())
+        self.token_R = plan.token_R
+        self.weights_R1 = gather(weights_AK.reshape(-1, 1), plan.assignment_R, is_complete=not plan.has_gaps)
+
+    def buffers(self, *widths: int) -> list[Tensor]:
+        """Memory for one tile, which each uses again."""
+        return [self._like.new_empty(self._largest, width) for width in widths]
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
