@@ -135,7 +135,7 @@ def tiles_are_faster(x_AD: Tensor, plan: Permutation, w1_LGD: Tensor, w2_LDF: Te
     return len(plan.assignment_R) * w1_LGD[0].numel() >= _TILES_FROM * len(w1_LGD)
 
 
-_TILES_FROM = 2**23
+_TILES_FROM = 2**25
 """Multiplications in the first product of a mean expert; at that size both ways take about as long."""
 
 

@@ -28,11 +28,11 @@ TILE = 1024
 """Most rows of a tile: of more, what one product wrote has left the cache before the next reads it; with fewer, each
 product's own preparation of its weights, once per tile, begins to count."""
 
+_ROW_MULTIPLE = 8
+"""Of the rows of a product in bf16: oneDNN compiles one for every number of rows, which takes as long as to run it."""
+
 _RUN_BYTES = 16 * 2**20
 """Of rows that are kept until they are summed by token. glibc's malloc maps blocks above 32 MiB anew each time."""
-
-_ROW_MULTIPLE = 8
-"""Of the rows of a product in bf16: oneDNN compiles it for every number of rows, which takes as long: so give it few."""
 
 _MOST_RUNS = 4
 """Every run looks at all tokens, so that many rows are kept in larger blocks rather than in more."""
@@ -261,7 +261,8 @@ class _Work:
         self._like, self._largest = x_AD, max((tile.padded for tile in tiles), default=0)
         self.runs = _runs(tiles, x_AD.shape[1] * x_AD.element_size())
         self.token_R = plan.token_R
-        self.weights_R1 = gather(weights_AK.reshape(-1, 1), plan.assignment_R, is_complete=not plan.has_gaps)
+        weights_R1 = gather(weights_AK.reshape(-1, 1), plan.assignment_R, is_complete=not plan.has_gaps)
+        self.weights_R1 = weights_R1.to(x_AD.dtype)  # mixed products take three times as long
 
     def buffers(self, *widths: int) -> list[Tensor]:
         """Memory for one tile, which each uses again."""

@@ -18,7 +18,7 @@ from lightning_moe.nn import tiles as tiles_module
 from lightning_moe.nn.experts import run_by_rows
 from lightning_moe.nn.tiles import run_in_tiles
 
-L, D, F, TILE = 4, 8, 12, 8
+L, D, F, TILE, RUN_ROWS = 4, 8, 12, 8, 16
 WHAT = ("y", "x", "weights", "w1", "w2")
 activations = pytest.mark.parametrize("activation", get_args(Activation))
 dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
@@ -45,6 +45,7 @@ cases = pytest.mark.parametrize("case", CASES)
 @pytest.fixture(autouse=True)
 def small_tiles_in_unwritten_memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(tiles_module, "TILE", TILE)
+    monkeypatch.setattr(tiles_module, "_RUN_BYTES", RUN_ROWS * D * 4)
     torch.use_deterministic_algorithms(True)  # fills what is allocated with NaN
     assert torch.empty(3).isnan().all()
     yield
@@ -160,6 +161,34 @@ def test_tiles_by_hand() -> None:
     starts = [0, 6, 13, 50, 75]
     gaps = [(tile[0], start, *tile[2:]) for tile, start in zip(fp32, starts, strict=True)]
     assert found(plan_permutation(ids, L, rows_per_expert=25), torch.float32) == gaps
+
+
+@dtypes
+@pytest.mark.parametrize("num_runs", [1, 2, 3, 4])
+@pytest.mark.parametrize("case", ["all", "dropped", "gaps", "one expert"])
+def test_the_sum_by_token_in_runs(
+    case: str, num_runs: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ids, _, plan = route(case)
+    inputs, upstream = drawn(ids, "swiglu", dtype)
+    bytes_per_row = D * dtype.itemsize
+    num_rows = int(plan.tokens_per_expert_E.sum())
+    monkeypatch.setattr(tiles_module, "_RUN_BYTES", num_rows * bytes_per_row)
+    expected = in_tiles(inputs, upstream, plan, "swiglu")
+    monkeypatch.setattr(tiles_module, "_RUN_BYTES", -(-num_rows // num_runs) * bytes_per_row)
+    runs = tiles_module._runs(tiles_module._tiles(plan, dtype), bytes_per_row)
+    assert len(runs) == num_runs
+    assert plan.has_gaps or max(run.size for run in runs) <= -(-num_rows // num_runs) + TILE
+    ours = in_tiles(inputs, upstream, plan, "swiglu")
+    for name, value in expected.items():
+        tolerance = {torch.bfloat16: 2**-7, torch.float32: 1e-6, torch.float64: 1e-14}[dtype]
+        assert float((ours[name] - value).norm()) <= tolerance * float(value.norm()), name
+
+
+def test_many_rows_are_kept_in_larger_runs() -> None:
+    plan = plan_permutation(torch.arange(L).repeat(1000).unsqueeze(1), L)
+    runs = tiles_module._runs(tiles_module._tiles(plan, torch.float32), D * 4)
+    assert [run.size for run in runs] == [1000] * 4
 
 
 @activations
