@@ -386,8 +386,8 @@ def test_experts_of_a_layer_are_those_of_the_scope() -> None:
     [
         (64, 64, 64, torch.float32, False),  # small experts: a loop costs more than it saves
         (256, 512, 8, torch.bfloat16, False),  # few rows, as in generation
-        (256, 512, 256, torch.float32, True),
-        (256, 512, 256, torch.bfloat16, True),
+        (256, 512, 512, torch.float32, True),
+        (256, 512, 512, torch.bfloat16, True),
         (64, 64, 64, torch.float64, True),  # nothing else takes it
         (6, 7, 64, torch.float32, True),  # rows that grouped_mm does not take
     ],
