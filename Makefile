@@ -28,7 +28,7 @@ quickstart-gpu: $(VENV)/.installed-cli ## Train on a box with 8 GPUs
 test: $(VENV)/.installed-test ## Run the tests; ARGS="tests/nn -k router" selects
 	$(BIN)/python -m pytest $(ARGS)
 
-grid: $(VENV)/.installed-test ## Run the whole grid of exactness tests: long
+grid: $(VENV)/.installed-test ## Run the tests that a pairwise selection stands for in the others: long
 	$(BIN)/python -m pytest -m grid $(ARGS)
 
 lint: $(VENV)/.installed-dev ## Check style and types

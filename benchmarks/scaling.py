@@ -1,10 +1,11 @@
 """Times the layer's forward and backward over the number of tokens and over the number of experts.
 
     python benchmarks/scaling.py                           # both, in fp32 on one thread and two: ten to twenty minutes
-    python benchmarks/scaling.py --only tokens --threads 1
+    python benchmarks/scaling.py --only tokens --threads 1 --shape S1
 
-Tokens: 1k to 32k through S3's layer; the time per token should be the same within 10 %, largest over smallest.
-Experts: 8 to 256 of the same size at the same tokens and top-8, so that the active FLOPs are the same; the time
+Tokens: 1k to 32k through the layer of a shape; the time per token should be the same within 10 %, largest over
+smallest.
+Experts: 8 to 256 of the same size at the same tokens and top-k, so that the active FLOPs are the same; the time
 should grow by less than 1.5 times from the first. A round calls every size once, in turn; a ratio is the median over
 rounds of the ratio within a round.
 
@@ -23,8 +24,8 @@ from peers import DTYPES, OURS, SHAPES, Pass, Problem, Shape
 from timing import Timings, alternate, header, progress, report, show, table, threads
 from torch import nn
 
-TOKENS = {f"{count // 1024}k": replace(SHAPES["S3"], tokens=count) for count in [1024 * 2**i for i in range(6)]}
-EXPERTS = {str(count): replace(SHAPES["S3"], experts=count) for count in [8 * 2**i for i in range(6)]}
+TOKENS = [1024 * 2**i for i in range(6)]
+EXPERTS = [8 * 2**i for i in range(6)]
 WIDEST, GROWTH = 1.10, 1.5
 
 
@@ -87,6 +88,7 @@ def main() -> int:
     """Runs what is asked for and prints a table for each combination."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=["tokens", "experts"], help="one of the two")
+    parser.add_argument("--shape", choices=SHAPES, default="S3", help="whose other sizes stay (%(default)s)")
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["fp32"], help="fp32")
     parser.add_argument("--threads", nargs="+", type=int, default=[1, 2], help="of torch on the CPU (1 2)")
     parser.add_argument("--rounds", type=int, default=7, help="at least 7 for a result to quote (%(default)s)")
@@ -95,7 +97,10 @@ def main() -> int:
     device = torch.device(args.device)
     show(header(device))
     problems = []
-    for kind, sizes, look in (("tokens", TOKENS, of_tokens), ("experts", EXPERTS, of_experts)):
+    shape = SHAPES[args.shape]
+    tokens = {f"{count // 1024}k": replace(shape, tokens=count) for count in TOKENS}
+    experts = {str(count): replace(shape, experts=count) for count in EXPERTS}
+    for kind, sizes, look in (("tokens", tokens, of_tokens), ("experts", experts, of_experts)):
         if args.only not in (None, kind):
             continue
         for dtype in args.dtypes:
@@ -106,7 +111,7 @@ def main() -> int:
                     timings = alternate(passes, args.rounds, progress=partial(say, where))
                 show(
                     f"\n{where}; medians of {args.rounds} rounds, forward and backward; "
-                    f"{SHAPES['S3']}, but for the {kind}; CPU time {timings.busy:.2f} of wall-clock\n"
+                    f"{shape}, but for the {kind}; CPU time {timings.busy:.2f} of wall-clock\n"
                 )
                 problems += look(timings, sizes, where)
             del passes
