@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from lightning_moe.parallel.autograd import check_first_order
+
 
 @dataclass(frozen=True)
 class Permutation:
@@ -196,6 +198,8 @@ class _Permute(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_RD: Tensor) -> tuple[Tensor, None]:
+        if kernels_for(grad_RD):
+            check_first_order()
         return sum_of_rows(grad_RD, ctx.plan), None
 
 
@@ -214,6 +218,7 @@ class _Unpermute(torch.autograd.Function):
     def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor, Tensor, None]:
         y_RD, topk_scores_TK = ctx.saved_tensors
         if kernels := kernels_for(y_RD):
+            check_first_order()
             return *kernels.unpermute_backward(grad_TD, y_RD, topk_scores_TK, ctx.plan.assignment_R), None
         grad_RD = rows_of_tokens(grad_TD, ctx.plan)
         scores_R1 = gather(topk_scores_TK.reshape(-1, 1), ctx.plan.assignment_R, is_complete=not ctx.plan.has_gaps)

@@ -22,9 +22,10 @@ from lightning_moe.parallel import ExpertGroups
 class DispatchTuner:
     """Times candidates in the backward of the first micro-batches, then chooses one for good.
 
-    In backward, because that leaves a layer once a micro-batch whatever is recomputed, and after that: a dispatcher
-    never changes between a forward and its recomputation. A trial moves the micro-batch's own tokens there and back and
-    their gradients, with no experts between: those cost the same for all. What the layer computes stays as it is.
+    In backward, because that leaves a layer once a micro-batch whatever is recomputed. The choice takes effect once no
+    forward waits for its backward, because a forward and its recomputation must take the same way. A trial moves the
+    micro-batch's own tokens there and back and their gradients, with no experts between: those cost the same for all.
+    What the layer computes stays as it is.
 
     Args:
         candidates: Dispatchers by name.
@@ -33,8 +34,7 @@ class DispatchTuner:
         current: What to use meanwhile.
 
     Attributes:
-        current: What to use.
-        chosen: Its name; ``None`` while trials go on.
+        chosen: Name of the fastest; ``None`` while trials go on.
         seconds: Times of each candidate, each that of the slowest rank; the first trial, which warms up, is left out.
     """
 
@@ -51,14 +51,22 @@ class DispatchTuner:
         self.candidates = dict(candidates)
         self.groups = groups
         self.num_chunks = num_chunks
-        self.current = current
+        self._current = current
         self.chosen: str | None = None
         self.seconds: dict[str, list[float]] = {name: [] for name in candidates}
         self._trials = 0
+        self._under_way = 0
 
     def __deepcopy__(self, memo: dict[int, object]) -> DispatchTuner:
         """Copies of a model, as for weight averaging, make the same choice; a process group has no copy."""
         return self
+
+    @property
+    def current(self) -> Dispatcher[Any]:
+        """What to use in a forward that begins now."""
+        if self.chosen is not None and self._under_way == 0 and not _in_backward():
+            self._current = self.candidates[self.chosen]
+        return self._current
 
     def watch(
         self,
@@ -72,16 +80,23 @@ class DispatchTuner:
 
         Collective there over the ranks that agree. No trial is made where neither has a gradient.
         """
-        if self.chosen is not None:
+        has_gradient = torch.is_grad_enabled() and (x_TD.requires_grad or topk_scores_TK.requires_grad)
+        if not has_gradient or (self.chosen is not None and self._under_way == 0):
             return x_TD, topk_scores_TK
         batch = x_TD.detach(), topk_ids_TK, topk_scores_TK.detach(), kept_TK, shape
+        is_first = not _in_backward()  # and no recomputation, whose graph may never have a backward
+
+        def attempt() -> None:
+            self._under_way -= is_first
+            if self.chosen is None:
+                self._try(*batch)
+
+        self._under_way += is_first
         if x_TD.requires_grad:
-            return _Trial.apply(x_TD, lambda: self._try(*batch)), topk_scores_TK
-        return x_TD, _Trial.apply(topk_scores_TK, lambda: self._try(*batch))
+            return _Trial.apply(x_TD, attempt), topk_scores_TK
+        return x_TD, _Trial.apply(topk_scores_TK, attempt)
 
     def _try(self, *batch: Any) -> None:
-        if self.chosen is not None:  # a micro-batch that was under way when the choice was made
-            return
         device = batch[0].device
         times = torch.tensor([self._time(dispatcher, *batch) for dispatcher in self.candidates.values()], device=device)
         for group in (self.groups.ep_group, self.groups.edp_group):
@@ -97,7 +112,6 @@ class DispatchTuner:
     def _choose(self) -> None:
         medians = {name: statistics.median(seconds) for name, seconds in self.seconds.items()}
         self.chosen = min(medians, key=lambda name: medians[name])
-        self.current = self.candidates[self.chosen]
         times = ", ".join(f"{name} {1e3 * seconds:.2f} ms" for name, seconds in medians.items())
         rank_zero_info(
             f"dispatcher='tune': this MoE layer goes on with {self.chosen}. There and back with gradients, median of "
@@ -127,6 +141,10 @@ class DispatchTuner:
             y_TD = torch.cat([part.wait() for part in leaving])
             torch.autograd.grad(y_TD, (x_TD, scores_TK), torch.ones_like(y_TD))
             return _now(x_TD.device) - start
+
+
+def _in_backward() -> bool:
+    return torch._C._current_graph_task_id() != -1  # as torch.utils.checkpoint knows it
 
 
 def _now(device: torch.device) -> float:

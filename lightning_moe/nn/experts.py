@@ -7,6 +7,8 @@ D model width, F expert width, G = 2F where the activation is gated and F where 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -130,7 +132,7 @@ def tiles_are_faster(x_AD: Tensor, plan: Permutation, w1_LGD: Tensor, w2_LDF: Te
     """Which of two ways to take, by device, dtype and the size of an expert's first product (benchmarks/experts.py)."""
     if x_AD.device.type != "cpu":
         return False
-    if not (_grouped_mm_takes(x_AD, w1_LGD) and _grouped_mm_takes(x_AD, w2_LDF)):
+    if not (_grouped_mm_takes(x_AD.dtype, w1_LGD) and _grouped_mm_takes(x_AD.dtype, w2_LDF)):
         return True  # the other way is a loop over experts, too
     return len(plan.assignment_R) * w1_LGD[0].numel() >= _TILES_FROM * len(w1_LGD)
 
@@ -143,29 +145,40 @@ def run_by_rows(
     x_AD: Tensor, weights_AK: Tensor, plan: Permutation, w1_LGD: Tensor, w2_LDF: Tensor, activation: Activation
 ) -> Tensor:
     """As :func:`~lightning_moe.nn.tiles.run_in_tiles`, all experts at once and on any device."""
-    h_RG = grouped_linear(permute(x_AD, plan), w1_LGD, plan.rows_E)
-    y_RD = grouped_linear(activate(h_RG, activation), w2_LDF, plan.rows_E)
+    linear = linear_by_expert(plan, x_AD.dtype, w1_LGD, w2_LDF)
+    h_RG = linear(permute(x_AD, plan), w1_LGD)
+    y_RD = linear(activate(h_RG, activation), w2_LDF)
     return unpermute(y_RD, weights_AK, plan)
 
 
-def grouped_linear(x_RD: Tensor, weight_LGD: Tensor, rows_per_group_L: Tensor) -> Tensor:
-    """``x @ weight[l].T`` for every run of rows, [R, D] -> [R, G].
+def linear_by_expert(plan: Permutation, dtype: torch.dtype, *weights_LGD: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
+    """What computes ``x @ weight[l].T`` for the rows of every expert l, from ([R, D], [L, G, D]) to [R, G].
 
-    On ``torch.nn.functional.grouped_mm`` where dtype and alignment allow it, by slices elsewhere.
-
-    Args:
-        x_RD: Rows, ordered by group.
-        weight_LGD: One matrix a group.
-        rows_per_group_L: Rows of every group; they sum to R.
+    ``torch.nn.functional.grouped_mm`` where it takes all these weights.
     """
-    if _grouped_mm_takes(x_RD, weight_LGD):
-        offsets_L = rows_per_group_L.cumsum(0).to(torch.int32)
-        y_RG: Tensor = functional.grouped_mm(x_RD, weight_LGD.transpose(-2, -1), offs=offsets_L)
-        if y_RG.requires_grad:
-            y_RG.register_hook(_contiguous)
-        return y_RG
-    runs = x_RD.split(rows_per_group_L.tolist())
-    return torch.cat([functional.linear(run, weight) for run, weight in zip(runs, weight_LGD.unbind(), strict=True)])
+    if all(_grouped_mm_takes(dtype, weight_LGD) for weight_LGD in weights_LGD):
+        return partial(_linear_grouped, offsets_L=plan.rows_E.cumsum(0).to(torch.int32))
+    if plan.rows_per_expert is not None:
+        return _linear_padded
+    return partial(_linear_by_slices, rows_per_expert=plan.rows_E.tolist())  # waits for an accelerator
+
+
+def _linear_grouped(x_RD: Tensor, weight_LGD: Tensor, *, offsets_L: Tensor) -> Tensor:
+    y_RG: Tensor = functional.grouped_mm(x_RD, weight_LGD.transpose(-2, -1), offs=offsets_L)
+    if y_RG.requires_grad:
+        y_RG.register_hook(_contiguous)
+    return y_RG
+
+
+def _linear_padded(x_RD: Tensor, weight_LGD: Tensor) -> Tensor:
+    """For as many rows of each, which the host need not look up, so that a CUDA graph can hold it."""
+    x_LCD = x_RD.view(len(weight_LGD), -1, x_RD.shape[1])
+    return torch.bmm(x_LCD, weight_LGD.transpose(-2, -1)).flatten(0, 1)
+
+
+def _linear_by_slices(x_RD: Tensor, weight_LGD: Tensor, *, rows_per_expert: list[int]) -> Tensor:
+    runs = zip(x_RD.split(rows_per_expert), weight_LGD.unbind(), strict=True)
+    return torch.cat([functional.linear(run, weight) for run, weight in runs])
 
 
 def _contiguous(grad: Tensor) -> Tensor:
@@ -174,12 +187,12 @@ def _contiguous(grad: Tensor) -> Tensor:
     return grad.clone(memory_format=torch.contiguous_format) if 0 in grad.stride() else grad.contiguous()
 
 
-def _grouped_mm_takes(x_RD: Tensor, weight_LGD: Tensor) -> bool:
+def _grouped_mm_takes(dtype: torch.dtype, weight_LGD: Tensor) -> bool:
     if not hasattr(functional, "grouped_mm"):
         return False
-    if x_RD.dtype not in (torch.float32, torch.bfloat16, torch.float16) or x_RD.dtype != weight_LGD.dtype:
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16) or dtype != weight_LGD.dtype:
         return False
-    if x_RD.device.type == "cuda" and x_RD.dtype != torch.bfloat16:
+    if weight_LGD.device.type == "cuda" and dtype != torch.bfloat16:
         return False  # the dtype that grouped_mm takes on every CUDA version; the rest goes by slices
     _, G, D = weight_LGD.shape
-    return all(width * x_RD.element_size() % _ALIGNMENT == 0 for width in (G, D))
+    return all(width * weight_LGD.element_size() % _ALIGNMENT == 0 for width in (G, D))

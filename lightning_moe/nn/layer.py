@@ -24,6 +24,7 @@ from lightning_moe.nn.router.base import without_padding
 from lightning_moe.nn.tap import RoutingTap
 from lightning_moe.nn.tokens import Tokens
 from lightning_moe.parallel import ExpertGroups, groups_in_scope
+from lightning_moe.parallel.collectives import on_any_rank
 
 
 class MoE(nn.Module):
@@ -161,6 +162,7 @@ class MoE(nn.Module):
         tokens = Tokens(x.shape[:-1], valid, token_ids, self.groups, self.training, x.device)
         if tokens.valid_T is not None:
             x_TD = x_TD.masked_fill(~tokens.valid_T.unsqueeze(1), 0)  # no NaN of padding may come near a gradient
+        x_TD = self._with_gradient_if_others_have(x_TD)
         chosen: Routing = without_padding(self.router(x_TD, tokens), tokens)
         dispatcher = self.dispatcher
         mode = self.training, self.config
@@ -169,7 +171,8 @@ class MoE(nn.Module):
             self._agreed_shapes[mode] = shape
         tie = self.tap.prepare(chosen, routing, tokens) if self.training else None
         routes = dispatcher.plan(routing.topk_ids_TK, routing.kept_TK, shape, self.config.overlap_chunks)
-        travelling = x_TD, routing.topk_scores_TK.float()
+        scores_TK = routing.topk_scores_TK
+        travelling = x_TD, scores_TK.to(torch.promote_types(scores_TK.dtype, torch.float32))
         if self.tuner is not None:
             travelling = self.tuner.watch(routing.topk_ids_TK, routing.kept_TK, shape, *travelling)
         arriving = dispatcher.dispatch(*travelling, routes)
@@ -185,6 +188,19 @@ class MoE(nn.Module):
             y_TD = self.residual(x_TD, y_TD)
         return y_TD.to(x.dtype).view_as(x)
 
+    def _with_gradient_if_others_have(self, x_TD: Tensor) -> Tensor:
+        """``x``, requiring a gradient wherever another rank's does: gradients travel on all ranks or on none.
+
+        It makes a difference only where the router learns nothing, since otherwise its weights have theirs everywhere.
+        Collective over the EP group where nothing of the layer learns: in a frozen model, some ranks' tokens may depend
+        on what is trained, as those of an image, and others not.
+        """
+        group = self.groups.ep_group
+        if group is None or not torch.is_grad_enabled() or _learns(self.router):
+            return x_TD
+        is_needed = _learns(self.experts) or on_any_rank(x_TD.requires_grad, group, x_TD.device)
+        return x_TD.detach().requires_grad_() if is_needed and not x_TD.requires_grad else x_TD
+
     def reconfigure(self, **changes: Any) -> None:
         """Changes settings of the running layer: ``top_k``, ``capacity_factor`` and ``eval_capacity_factor``.
 
@@ -197,6 +213,7 @@ class MoE(nn.Module):
                 "eval_capacity_factor, or build the layer anew."
             )
         self.config = self.router.config = replace(self.config, **changes)
+        self._agreed_shapes.clear()
         if "top_k" in changes:
             self._warn_of_settings(causal=False)
 
@@ -208,6 +225,10 @@ class MoE(nn.Module):
     def extra_repr(self) -> str:
         """Shows the choices that matter."""
         return f"router={self.config.router}, top_k={self.config.top_k}, dispatcher={type(self.dispatcher).__name__}"
+
+
+def _learns(module: nn.Module) -> bool:
+    return any(parameter.requires_grad for parameter in module.parameters())
 
 
 @cache

@@ -17,12 +17,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from lightning_moe.config import Activation
 from lightning_moe.dispatch.permute import Permutation, gather
 from lightning_moe.nn.activation import activate_backward_into, activate_into
+from lightning_moe.parallel.autograd import first_order
 
 TILE = 1024
 """Most rows of a tile: of more, what one product wrote has left the cache before the next reads it; with fewer, each
@@ -46,7 +46,9 @@ def run_in_tiles(
     The weight's gradient is the scalar product of the activation and its gradient, so that no expert's output is kept
     (SonicMoE, Guo et al. 2025).
     """
-    y_AD: Tensor = _Tiles.apply(x_AD, weights_AK, w1_LGD, w2_LDF, plan, activation)
+    inputs = x_AD, weights_AK, w2_LDF, w1_LGD
+    keep = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)
+    y_AD: Tensor = _Tiles.apply(*inputs, plan, activation, keep)
     return y_AD
 
 
@@ -171,15 +173,22 @@ class _WeightGradient:
 
 
 class _Tiles(torch.autograd.Function):
+    """Takes w2 before w1, because gradients leave in that order, as they do from any other network.
+
+    Ranks with the same experts may come by different ways, depending on their tokens, and DeepSpeed's ZeRO 1 and 2 add
+    up what they hand it in the order in which they do.
+    """
+
     @staticmethod
     def forward(
         ctx: Any,
         x_AD: Tensor,
         weights_AK: Tensor,
-        w1_LGD: Tensor,
         w2_LDF: Tensor,
+        w1_LGD: Tensor,
         plan: Permutation,
         activation: Activation,
+        keep: bool,
     ) -> Tensor:
         D, F = w2_LDF.shape[1:]
         work = _Work(x_AD, weights_AK, plan)
@@ -187,33 +196,35 @@ class _Tiles(torch.autograd.Function):
         w1_LPFD = w1_LGD.unflatten(1, (-1, F))
         y = _SumByToken(x_AD, plan, len(work.runs))
         h: list[Tensor] = []
+        memory = None if keep else work.buffers(w1_LGD.shape[1])[0]
         for run in work.runs:
             y_RD = y.rows_of(run)
             for tile in run.tiles:
                 n, expert = tile.padded, tile.expert
                 token, weights = work.token_R[tile.rows], work.weights_R1[tile.rows]
-                h_PnF = x_AD.new_empty(w1_LPFD.shape[1], n, F)
+                h_PnF = x_AD.new_empty(w1_LPFD.shape[1], n, F) if memory is None else _parts(memory, n, F)
                 torch.index_select(x_AD, 0, token, out=x_nD[: tile.size])
                 for part, w1_FD in zip(h_PnF, w1_LPFD[expert], strict=True):  # so that each is contiguous
                     torch.mm(x_nD[:n], w1_FD.t(), out=part)
                 activate_into(h_PnF, activation, act_nF=act_nF[:n])
                 act_nF[: tile.size].mul_(weights)
                 torch.mm(act_nF[:n], w2_LDF[expert].t(), out=y_RD[run.place_of(tile)])
-                h.append(h_PnF)
+                if keep:
+                    h.append(h_PnF)
             y.add(run, y_RD)
-        ctx.save_for_backward(x_AD, weights_AK, w1_LGD, w2_LDF, *h)
+        ctx.save_for_backward(x_AD, weights_AK, w2_LDF, w1_LGD, *h)
         ctx.plan, ctx.activation = plan, activation
         return y.result()
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, grad_AD: Tensor) -> tuple[Tensor | None, ...]:
-        x_AD, weights_AK, w1_LGD, w2_LDF, *h = ctx.saved_tensors
+        x_AD, weights_AK, w2_LDF, w1_LGD, *h = ctx.saved_tensors
         plan: Permutation = ctx.plan
         (D, F), G = w2_LDF.shape[1:], w1_LGD.shape[1]
         work = _Work(x_AD, weights_AK, plan)
         x_nD, grad_y_nD, act_nF, silu_nF, grad_act_nF, grad_h_nG = work.buffers(D, D, F, F, F, G)
-        needs_x, _, needs_w1, needs_w2 = ctx.needs_input_grad[:4]
+        needs_x, _, needs_w2, needs_w1 = ctx.needs_input_grad[:4]
         grad_w1, grad_w2 = _WeightGradient(w1_LGD, needs_w1, plan), _WeightGradient(w2_LDF, needs_w2, plan)
         grad_weights_R = weights_AK.new_zeros(len(work.token_R))
         grad_x = _SumByToken(x_AD, plan, len(work.runs))
@@ -247,10 +258,15 @@ class _Tiles(torch.autograd.Function):
         grads = (
             grad_x.result() if needs_x else None,
             grad_weights_AK.view_as(weights_AK),
-            grad_w1.total_LGD,
             grad_w2.total_LGD,
+            grad_w1.total_LGD,
         )
-        return *grads, None, None
+        return *grads, None, None, None
+
+
+def _parts(memory: Tensor, n: int, F: int) -> Tensor:
+    """The beginning of it as [P, n, F]."""
+    return memory.view(-1)[: memory.shape[1] * n].view(-1, n, F)
 
 
 class _Work:

@@ -13,7 +13,8 @@ from typing import Any, Generic, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from lightning_moe.parallel.autograd import first_order
 
 # torch 2.13 renames both and warns at each call of the old names.
 _all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -77,6 +78,13 @@ def all_gather(rows: Tensor, group: dist.ProcessGroup) -> Tensor:
     return start_all_gather(rows, group).wait()
 
 
+def on_any_rank(holds: bool, group: dist.ProcessGroup, device: torch.device) -> bool:
+    """Whether something holds on any rank of the group; waits for the device."""
+    held = torch.tensor(int(holds), device=device)
+    dist.all_reduce(held, dist.ReduceOp.MAX, group=group)
+    return bool(held)
+
+
 def _pending(work: dist.Work, result: Tensor, sent: Tensor) -> Pending[Tensor]:
     def wait(sent: Tensor = sent) -> Tensor:  # what is sent has to live until it is
         work.wait()
@@ -118,7 +126,7 @@ class _SetOut(torch.autograd.Function):
         return torch.zeros((), device=tensors[0].device)
 
     @staticmethod
-    @once_differentiable  # gradients of the gradients would be left out in silence
+    @first_order
     def backward(ctx: Any, _: Tensor) -> tuple[Tensor | None, ...]:
         return None, None, *ctx.luggage.pop().wait()
 
@@ -133,7 +141,7 @@ class _Arrive(torch.autograd.Function):
         return arrived
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         ctx.luggage.append(ctx.back(*(grad for grad, has in zip(grads, ctx.has_gradient, strict=True) if has)))
         return torch.zeros((), device=ctx.device), None, None

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from typing import Any
 
 import torch.distributed as dist
 from torch import nn
@@ -39,6 +40,15 @@ class ExpertGroups:
     def __deepcopy__(self, memo: dict[int, object]) -> ExpertGroups:
         """Copies of a model, as for weight averaging, stand in the same groups; a process group has no copy."""
         return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For pickling, which groups of several ranks cannot be."""
+        if self.ep_group is None and self.edp_group is None:
+            return dict(self.__dict__)
+        raise TypeError(
+            "an MoE layer cannot be pickled, nor saved as a whole, while its experts are spread over ranks: process "
+            "groups stay in their process. Use trainer.save_checkpoint, or save its state_dict()."
+        )
 
     def local_experts(self, num_experts: int) -> range:
         """Global ids of this rank's experts.

@@ -20,8 +20,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lightning_moe.dispatch import FixedShape, make_dispatcher
 from lightning_moe.dispatch.permute import permute, plan_permutation, unpermute
 from lightning_moe.nn import GroupedExperts, keep_within_capacity
+from lightning_moe.nn import experts as experts_module
 from lightning_moe.nn.activation import activate
-from lightning_moe.nn.experts import grouped_linear
+from lightning_moe.nn.experts import linear_by_expert
 from lightning_moe.parallel import SINGLE_RANK
 from lightning_moe.testing import RankPool
 from tests.dispatch.test_dispatchers import (
@@ -202,10 +203,17 @@ def by_tiles(experts: GroupedExperts, part: Part) -> Tensor:
 
 def by_rows(experts: GroupedExperts, part: Part) -> Tensor:
     """As on an accelerator, and with something in the gaps of the experts' outputs."""
-    h_RG = grouped_linear(permute(part.x_AD, part.plan), experts.w1, part.plan.rows_E)
-    y_RD = grouped_linear(activate(h_RG, "swiglu"), experts.w2, part.plan.rows_E)
+    linear = linear_by_expert(part.plan, part.x_AD.dtype, experts.w1, experts.w2)
+    y_RD = linear(activate(linear(permute(part.x_AD, part.plan), experts.w1), "swiglu"), experts.w2)
     gap_R = part.plan.assignment_R == part.plan.row_TK.numel()
     return unpermute(y_RD + gap_R.unsqueeze(1), part.weights_AK, part.plan)
+
+
+def by_batched_products(experts: GroupedExperts, part: Part) -> Tensor:
+    """As on an accelerator in a dtype that grouped_mm does not take."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(experts_module, "_grouped_mm_takes", lambda *_: False)
+        return by_rows(experts, part)
 
 
 def with_and_without(name: str, ep_size: int, case: str, chunks: int, work: Callable[..., Tensor]) -> None:
@@ -238,7 +246,7 @@ def with_and_without(name: str, ep_size: int, case: str, chunks: int, work: Call
 @layouts
 @names
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize(("work", "chunks"), [(by_rows, 1), (by_tiles, 2)])
+@pytest.mark.parametrize(("work", "chunks"), [(by_rows, 1), (by_tiles, 2), (by_batched_products, 1)])
 def test_as_without(
     world: int,
     ep_size: int,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+import time
 from typing import Any
 
 import pytest
@@ -87,7 +88,7 @@ def spoken(ep_size: int) -> list[str]:
         train(layer("tune", ep_size), None)
     finally:
         logger.removeHandler(handler)
-    return messages
+    return [text for text in messages if "'tune'" in text]
 
 
 def test_choice_and_numbers_are_logged_once(pool2: RankPool) -> None:
@@ -117,3 +118,65 @@ def test_one_rank_that_holds_all_has_nothing_to_tune() -> None:
     moe = MoE(WIDTH, MoEConfig(8, 2, 12, dispatcher="tune"))
     assert moe.tuner is None
     assert type(moe.dispatcher).__name__ == "LocalDispatcher"
+
+
+def used_three_times(fastest: str, recompute: bool | None) -> list[str]:
+    """The dispatchers after each step, of a layer whose last trial falls amid a backward."""
+    moe = layer("tune", 2)
+    assert moe.tuner is not None
+    for name, candidate in moe.tuner.candidates.items():
+        if name != fastest:
+            slowed_down(candidate)
+    used = []
+    for step in range(STEPS):
+        x = y = batch(step)
+        for _ in range(3):
+            y = moe(y) if recompute is None else checkpoint(moe, y, use_reentrant=recompute)  # type: ignore[assignment]
+        y.square().sum().backward()
+        used.append(type(moe.dispatcher).__name__)
+        assert x.grad is not None
+    return used
+
+
+def slowed_down(dispatcher: Any) -> None:
+    plan = dispatcher.plan
+
+    def slowly(*args: Any) -> Any:
+        time.sleep(0.02)
+        return plan(*args)
+
+    dispatcher.plan = slowly
+
+
+@pytest.mark.parametrize("recompute", [None, True, False], ids=["kept", "reentrant", "non-reentrant"])
+@pytest.mark.parametrize(
+    ("fastest", "expected"), [("allgather", "AllGatherDispatcher"), ("alltoall", "AllToAllDispatcher")]
+)
+def test_a_choice_amid_a_backward_waits_for_its_end(
+    fastest: str, expected: str, recompute: bool | None, pool2: RankPool
+) -> None:
+    """What is recomputed after the choice must take the way of its forward."""
+    for used in pool2.run(used_three_times, fastest, recompute, timeout=LIMIT):
+        assert used == ["FusedDispatcher"] + [expected] * (STEPS - 1)
+
+
+def overlapping(fastest: str) -> list[str]:
+    """As a pipeline does: the next forward comes before the backward of the one before."""
+    moe = layer("tune", 2)
+    assert moe.tuner is not None
+    for name, candidate in moe.tuner.candidates.items():
+        if name != fastest:
+            slowed_down(candidate)
+    used, waiting = [], []
+    for step in [0, 1, 3, 4, 5, 6, 7]:
+        waiting.append(checkpoint(moe, batch(step), use_reentrant=False))
+        if len(waiting) == 2:
+            waiting.pop(0).square().sum().backward()  # type: ignore[union-attr]
+        used.append(type(moe.dispatcher).__name__)
+    waiting.pop(0).square().sum().backward()  # type: ignore[union-attr]
+    return [*used, type(moe.dispatcher).__name__]
+
+
+def test_a_choice_waits_for_every_backward(pool2: RankPool) -> None:
+    for used in pool2.run(overlapping, "allgather", timeout=LIMIT):
+        assert used == ["FusedDispatcher"] * 7 + ["AllGatherDispatcher"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from collections import Counter
 from typing import Any
 
@@ -86,14 +87,14 @@ def test_sizes_are_agreed_once_for_all_chunks(name: str, pool2: RankPool) -> Non
 PADDED = {"capacity_factor": 1.25, "pad_to_capacity": True}
 
 
-def captured(dispatcher: str) -> None:
+def captured(dispatcher: str, dtype: torch.dtype) -> None:
     """A pass in which nobody can wait for the device, as in the capture of a CUDA graph."""
     found = []
     for capturing in (False, True):
-        moe, x = layer(dispatcher, 2, **PADDED), batch()
+        moe, x = layer(dispatcher, 2, **PADDED).to(dtype), batch().detach().to(dtype).requires_grad_()
         moe(x)  # agrees on the shape
         patch = pytest.MonkeyPatch()
-        patch.setattr(experts, "run_in_tiles", by_rows)  # tiles are for the CPU, where looking is free
+        patch.setattr(experts, "run_in_tiles", experts.run_by_rows)  # tiles are for the CPU, where looking is free
         patch.setattr(base, "_best_by_passes", lambda *_: None)  # the same
         patch.setattr(placing, "is_capturing", lambda capturing=capturing: capturing)
         try:
@@ -114,13 +115,11 @@ def captured(dispatcher: str) -> None:
         assert_close(a, b, rtol=1e-6, atol=1e-6)
 
 
-def by_rows(x_AD: Tensor, weights_AK: Tensor, plan: Any, w1: Tensor, w2: Tensor, activation: Any) -> Tensor:
-    return experts.run_by_rows(x_AD, weights_AK, plan, w1, w2, activation)
-
-
 @names
-def test_a_fixed_shape_can_be_captured(name: str, pool2: RankPool) -> None:
-    pool2.run(captured, name, timeout=LIMIT)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_a_fixed_shape_can_be_captured(dtype: torch.dtype, name: str, pool2: RankPool) -> None:
+    """By grouped_mm, and by a batched product as in a dtype that it does not take: on CUDA all but bf16."""
+    pool2.run(captured, name, dtype, timeout=LIMIT)
 
 
 def refused(fields: dict[str, Any], message: str, warm: int, num_tokens: int) -> None:
@@ -161,3 +160,75 @@ def refused_after_evaluation() -> None:
 
 def test_a_shape_of_evaluation_is_not_one_of_training(pool2: RankPool) -> None:
     pool2.run(refused_after_evaluation, timeout=LIMIT)
+
+
+FROZEN = {"nothing": (), "the router": ("router",), "all": ("router", "experts")}
+
+
+def with_gradient_on(rank: int, dispatcher: str, frozen: str, fields: dict[str, Any]) -> tuple[Tensor | None, Tensor]:
+    """The input's gradient, where it has one, and that of one process."""
+    moe, x = layer(dispatcher, 2, **fields), batch()
+    for name in FROZEN[frozen]:
+        moe.get_submodule(name).requires_grad_(False)
+    has_gradient = dist.get_rank() == rank
+    ids = torch.arange(len(x)) + dist.get_rank()
+    y = moe(x.requires_grad_(has_gradient), token_ids=ids)
+    assert y.requires_grad
+    y.square().sum().backward()
+    assert (x.grad is not None) == has_gradient
+    torch.manual_seed(0)
+    alone = MoE(WIDTH, MoEConfig(8, 2, 12, **fields))
+    alone.tap.loss_weights = moe.tap.loss_weights
+    z = x.detach().clone().requires_grad_()
+    alone(z, token_ids=ids).square().sum().backward()
+    assert z.grad is not None
+    return x.grad, z.grad
+
+
+@names
+@pytest.mark.parametrize("fields", [{}, {"router": "hash"}, {"capacity_factor": 1.0, "pad_to_capacity": True}], ids=str)
+@pytest.mark.parametrize("frozen", FROZEN)
+def test_tokens_of_one_rank_alone_have_a_gradient(
+    frozen: str, fields: dict[str, Any], name: str, pool2: RankPool
+) -> None:
+    """As where some ranks' batches hold an image, whose encoder alone is trained; else one would wait for ever."""
+    if "router" in fields and frozen == "the router":
+        pytest.skip("it has no weights")
+    for rank in range(2):
+        answers = pool2.run(with_gradient_on, rank, name, frozen, fields, timeout=LIMIT)
+        assert answers[1 - rank][0] is None
+        if "capacity_factor" not in fields:  # which is that of all ranks together
+            assert_close(*answers[rank], rtol=1e-5, atol=1e-6)
+
+
+def in_float64(dispatcher: str) -> tuple[Tensor, Tensor]:
+    """The output of a layer in float64, and that of a loop."""
+    moe = layer(dispatcher, 2, router_dtype="float64").double()
+    torch.manual_seed(0)
+    whole = MoE(WIDTH, MoEConfig(8, 2, 12, router_dtype="float64")).double()
+    x = batch().detach().double()
+    chosen = (x @ whole.router.weight.T).softmax(-1).topk(2)
+    y = torch.zeros_like(x)
+    for t, (scores, ids) in enumerate(zip(chosen.values, chosen.indices, strict=True)):
+        for weight, expert in zip(scores / scores.sum(), ids.tolist(), strict=True):
+            gate, up = (whole.experts.w1[expert] @ x[t]).chunk(2)
+            y[t] += weight * (whole.experts.w2[expert] @ (gate * gate.sigmoid() * up))
+    return moe(x).detach(), y.detach()
+
+
+@names
+def test_weights_in_float64_stay_so(name: str, pool2: RankPool) -> None:
+    for ours, looped in pool2.run(in_float64, name, timeout=LIMIT):
+        assert_close(ours, looped, rtol=1e-13, atol=1e-13)
+
+
+def pickled(ep_size: int) -> str:
+    with pytest.raises(TypeError) as error:
+        pickle.dumps(layer("fused", ep_size))
+    return str(error.value)
+
+
+def test_a_spread_layer_says_how_to_save_it(pool2: RankPool) -> None:
+    assert all("Use trainer.save_checkpoint, or save its state_dict()" in text for text in pool2.run(pickled, 2))
+    moe = MoE(WIDTH, MoEConfig(8, 2, 12))
+    assert torch.equal(pickle.loads(pickle.dumps(moe)).experts.w1, moe.experts.w1)

@@ -354,9 +354,8 @@ def test_second_derivatives_are_refused() -> None:
     """Not left out in silence."""
     x = torch.ones(1, 1, requires_grad=True)
     y = Legs("it", []).travel(x.sin(), x).wait()[0]
-    (grad,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        grad.sum().backward()
+    with pytest.raises(RuntimeError, match="create_graph=True"):
+        torch.autograd.grad(y.square().sum(), x, create_graph=True)
 
 
 def test_then_is_done_when_it_is_there() -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch.testing import assert_close
 
 from lightning_moe.nn import experts
@@ -66,17 +67,19 @@ def test_run_is_that_of_one_process_everywhere(case: tuple[Case, str | None], ge
     check(case[0], get_pool, aux=(0.5, 0.05), recompute=case[1], **SGD)
 
 
-def fit_in_tiles(*args: Any, **kwargs: Any) -> Trained:
+def fit_in_tiles(ranks: list[int], *args: Any, **kwargs: Any) -> Trained:
     """These experts are so small that no tile would be made."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(experts, "tiles_are_faster", lambda *_: True)
+        patch.setattr(experts, "tiles_are_faster", lambda *_: dist.get_rank() in ranks)
         return fit(*args, **kwargs)
 
 
-@pytest.mark.parametrize("stage", [2, 3])
-def test_experts_in_tiles(stage: int, get_pool: Any) -> None:
-    case = case_of("fused", 1, "dropping", 2, stage)
-    results = get_pool(4).run(fit_in_tiles, case, (0.5, 0.05), recompute="non-reentrant", **SGD)
+@pytest.mark.parametrize("ranks", [[0, 1], [0, 3], [0, 1, 2, 3]], ids=str)
+@pytest.mark.parametrize("stage", range(4))
+def test_experts_in_tiles(stage: int, ranks: list[int], get_pool: Any) -> None:
+    """On all ranks, or on some, whose gradients must still be added to the same of the others'."""
+    case = case_of("fused", 1 + stage % 2, "dropping", 2, stage)
+    results = get_pool(4).run(fit_in_tiles, ranks, case, (0.5, 0.05), recompute="non-reentrant", **SGD)
     model = Toy(case.config, **SGD)
     assert_same(
         results,
