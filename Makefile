@@ -19,7 +19,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-quickstart: $(VENV)/.installed-cli ## Train a small MoE language model on 2 CPU ranks: about three minutes
+quickstart: $(VENV)/.installed-cli ## Train a small MoE language model on 2 CPU ranks: two or three minutes
 	$(BIN)/lightning-moe fit --config configs/quickstart.yaml $(ARGS)
 
 quickstart-gpu: $(VENV)/.installed-cli ## Train on a box with 8 GPUs

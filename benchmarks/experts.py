@@ -68,7 +68,7 @@ def main() -> None:
     """Prints a table for each dtype."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=1, help="of torch (%(default)s)")
-    parser.add_argument("--rounds", type=int, default=9, help="at least 7 for a result to quote (%(default)s)")
+    parser.add_argument("--rounds", type=int, default=7, help="at least 7 for a result to quote (%(default)s)")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     show(header(torch.device("cpu")))

@@ -44,7 +44,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, help="S1 S2 S3, or GPU on one")
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, help="fp32 bf16, or bf16 on a GPU")
     parser.add_argument("--threads", nargs="+", type=int, default=[1, 2], help="of torch on the CPU (1 2)")
-    parser.add_argument("--rounds", type=int, default=9, help="at least 7 for a result to quote (%(default)s)")
+    parser.add_argument("--rounds", type=int, default=7, help="at least 7 for a result to quote (%(default)s)")
     parser.add_argument(
         "--peers", nargs="+", metavar="NAME", help=f"beginnings of their names, or none; all of: {'; '.join(PEERS)}"
     )

@@ -29,7 +29,7 @@ class MoEConfig:
             for ``group_limited``, softmax elsewhere.
         normalize_topk: Divide the selected scores by their sum (Mixtral) or use them as they are.
         capacity_factor: Rows that an expert takes from one rank in training, as a multiple of the even share
-            (see :func:`~lightning_moe.nn.expert_capacity`); ``None`` is dropless. For ``expert_choice`` the mean
+            (``lightning_moe.nn.expert_capacity``); ``None`` is dropless. For ``expert_choice`` the mean
             number of experts per token.
         eval_capacity_factor: The same outside training; ``None`` is dropless, and ``capacity_factor`` for
             ``expert_choice``.
@@ -38,9 +38,10 @@ class MoEConfig:
             expert that has room.
         drop_priority: Who stays where an expert is full: the highest ``score``, the first by ``position``, or
             ``random``.
-        dispatcher: ``auto``, ``local``, ``allgather``, ``alltoall``, ``fused``, ``tune`` or a registered name.
-            ``auto`` is ``local`` for expert_parallel_size 1 and ``fused`` above; ``tune`` times them in the first
-            steps and takes the fastest.
+        dispatcher: How tokens get to their experts: ``fused``, once to each rank that has any; ``alltoall``, once to
+            each expert; ``allgather``, to all ranks; ``local``, where all experts are on every rank; or one of your
+            own. ``auto`` is ``local`` for expert_parallel_size 1 and ``fused`` above; ``tune`` times all three on the
+            first four batches and takes the fastest.
         num_shared_experts: Experts that every token uses, as one dense MLP of that many times
             ``intermediate_size``; 0 is none.
         score_before_topk: Score all experts and select by score (Mixtral), or select by logit and score the selected
@@ -60,8 +61,9 @@ class MoEConfig:
         shared_expert_gate: Weigh the shared experts by a learned sigmoid per token (Qwen2-MoE).
         residual: A dense MLP beside the experts, the two mixed by learned weights per token (PR-MoE).
         overlap_chunks: Parts in which tokens travel between ranks, so that experts compute while the next part is on
-            its way.
-        dispatch_dtype: ``bfloat16`` sends activations and their gradients in that precision; ``None`` in their own.
+            its way. Each part costs the experts a pass of its own: for slow networks and large batches.
+        dispatch_dtype: ``bfloat16`` sends activations and their gradients in that precision, which halves the bytes of
+            a run in float32 and rounds what travels; ``None`` in their own.
 
     Raises:
         ValueError: a field is out of its range, or two do not go together; the message names field, value, rule

@@ -35,6 +35,20 @@ _RULES = ("auto", "tune")
 """Names that stand for a choice among dispatchers."""
 
 
+def check_dispatcher(name: str) -> None:
+    """Whether :func:`make_dispatcher` knows a name.
+
+    Raises:
+        ValueError: it does not; the message lists the known.
+    """
+    if name not in (*DISPATCHERS, *_RULES):
+        known = ", ".join(sorted([*DISPATCHERS, *_RULES]))
+        raise ValueError(
+            f"dispatcher={name!r}: unknown. Known: {known}. One of your own has to be in "
+            "lightning_moe.dispatch.DISPATCHERS before the model is built."
+        )
+
+
 def make_dispatcher(
     name: str, num_experts: int, groups: ExpertGroups, wire_dtype: torch.dtype | None = None
 ) -> Dispatcher[Any]:
@@ -46,9 +60,7 @@ def make_dispatcher(
     Raises:
         ValueError: the name is unknown; the message lists the known.
     """
-    if name not in (*DISPATCHERS, *_RULES):
-        known = ", ".join(sorted([*DISPATCHERS, *_RULES]))
-        raise ValueError(f"dispatcher={name!r}: unknown. Known: {known}.")
+    check_dispatcher(name)
     if groups.ep_size == 1 and name in (*_RULES, *_TUNED):
         name = "local"
     elif name in _RULES:

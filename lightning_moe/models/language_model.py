@@ -18,8 +18,10 @@ from torch.optim.lr_scheduler import LambdaLR
 from typing_extensions import override
 
 from lightning_moe.config import MoEConfig
+from lightning_moe.dispatch.registry import check_dispatcher
 from lightning_moe.models.sampling import NUM_BYTES, sample_bytes
 from lightning_moe.models.transformer import Transformer
+from lightning_moe.nn.router.base import check_router
 
 DEFAULT_MOE = MoEConfig(num_experts=8)
 
@@ -73,6 +75,8 @@ class MoELanguageModel(L.LightningModule):
         moe = MoEConfig(**moe) if isinstance(moe, Mapping) else moe  # as load_from_checkpoint gives it back
         self.save_hyperparameters({"moe": asdict(moe)})
         _check(vocab_size, hidden_size, num_layers, num_heads, moe_every)
+        check_router(moe.router)
+        check_dispatcher(moe.dispatcher)
         _check_experts(moe, num_layers // moe_every, experts_by_layer)
         _check_schedule(learning_rate, weight_decay, warmup_steps, min_lr_ratio)
         self.moe = moe

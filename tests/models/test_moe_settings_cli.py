@@ -155,6 +155,17 @@ def test_help_has_every_setting(capsys: pytest.CaptureFixture[str]) -> None:
             ["--trainer.callbacks=lightning_moe.ExpertBiasUpdate", "--trainer.callbacks.rate=0"],
             "rate=0.0: must be a finite number above 0. Use 0.001, or leave the callback out.",
         ),
+        (
+            ["--model.moe.dispatcher=alltoal"],
+            "dispatcher='alltoal': unknown. Known: allgather, alltoall, auto, fused, local, tune. One of your own has to "
+            "be in lightning_moe.dispatch.DISPATCHERS before the model is built.",
+        ),
+        (
+            ["--model.moe.router=topkk"],
+            "router='topkk': unknown. Known: expert_choice, group_limited, gshard, hash, noisy_topk, random, sinkhorn, "
+            "switch, topk. One of your own has to be registered before the model is built, by "
+            "lightning_moe.nn.register_router.",
+        ),
     ],
     ids=lambda x: x[0] if isinstance(x, list) else "",
 )

@@ -289,7 +289,13 @@ def test_a_wrong_width_is_refused(hidden_size: int) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"dispatcher": "fancy"}, "dispatcher='fancy': unknown. Known: allgather, alltoall, auto, fused, local, tune."),
+        (
+            {"dispatcher": "fancy"},
+            (
+                "dispatcher='fancy': unknown. Known: allgather, alltoall, auto, fused, local, tune. One of your own has to "
+                "be in lightning_moe.dispatch.DISPATCHERS before the model is built."
+            ),
+        ),
         (
             {"router": "fancy"},
             (

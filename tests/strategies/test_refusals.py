@@ -134,7 +134,10 @@ def with_local_dispatcher(lazy: bool) -> None:
         ),
         (
             with_unknown_dispatcher,
-            "dispatcher='telepathy': unknown. Known: allgather, alltoall, auto, fused, local, tune.",
+            (
+                "dispatcher='telepathy': unknown. Known: allgather, alltoall, auto, fused, local, tune. One of your own "
+                "has to be in lightning_moe.dispatch.DISPATCHERS before the model is built."
+            ),
         ),
         (
             with_local_dispatcher,

@@ -199,6 +199,19 @@ def register_router(name: str) -> Callable[[Made], Made]:
     return register
 
 
+def check_router(name: str) -> None:
+    """Whether :func:`make_router` knows a name.
+
+    Raises:
+        ValueError: it does not; the message lists the known.
+    """
+    if name not in ROUTERS:
+        raise ValueError(
+            f"router={name!r}: unknown. Known: {', '.join(sorted(ROUTERS))}. One of your own has to be "
+            "registered before the model is built, by lightning_moe.nn.register_router."
+        )
+
+
 def make_router(hidden_size: int, config: MoEConfig) -> Router:
     """The router that ``config.router`` names.
 
@@ -206,11 +219,7 @@ def make_router(hidden_size: int, config: MoEConfig) -> Router:
         ValueError: the name is unknown; the message lists the known.
         TypeError: what is registered makes no :class:`Router`.
     """
-    if config.router not in ROUTERS:
-        raise ValueError(
-            f"router={config.router!r}: unknown. Known: {', '.join(sorted(ROUTERS))}. One of your own has to be "
-            "registered before the model is built, by lightning_moe.nn.register_router."
-        )
+    check_router(config.router)
     router = ROUTERS[config.router](hidden_size, config)
     if not isinstance(router, Router):
         raise TypeError(
