@@ -157,14 +157,18 @@ def test_help_has_every_setting(capsys: pytest.CaptureFixture[str]) -> None:
         ),
         (
             ["--model.moe.dispatcher=alltoal"],
-            "dispatcher='alltoal': unknown. Known: allgather, alltoall, auto, fused, local, tune. One of your own has to "
-            "be in lightning_moe.dispatch.DISPATCHERS before the model is built.",
+            (
+                "dispatcher='alltoal': unknown. Known: allgather, alltoall, auto, fused, local, tune. One of your own has to "
+                "be in lightning_moe.dispatch.DISPATCHERS before the model is built."
+            ),
         ),
         (
             ["--model.moe.router=topkk"],
-            "router='topkk': unknown. Known: expert_choice, group_limited, gshard, hash, noisy_topk, random, sinkhorn, "
-            "switch, topk. One of your own has to be registered before the model is built, by "
-            "lightning_moe.nn.register_router.",
+            (
+                "router='topkk': unknown. Known: expert_choice, group_limited, gshard, hash, noisy_topk, random, sinkhorn, "
+                "switch, topk. One of your own has to be registered before the model is built, by "
+                "lightning_moe.nn.register_router."
+            ),
         ),
     ],
     ids=lambda x: x[0] if isinstance(x, list) else "",
