@@ -34,8 +34,8 @@ _ROW_MULTIPLE = 8
 _RUN_BYTES = 16 * 2**20
 """Of rows that are kept until they are summed by token. glibc's malloc maps blocks above 32 MiB anew each time."""
 
-_MOST_RUNS = 4
-"""Every run looks at all tokens, so that many rows are kept in larger blocks rather than in more."""
+_MOST_RUNS = 8
+"""Every run looks at all tokens, so that many rows are kept in a larger block rather than summed more often."""
 
 
 def run_in_tiles(
@@ -119,18 +119,21 @@ def _runs(tiles: list[_Tile], bytes_per_row: int) -> list[_Run]:
 class _SumByToken:
     """Sums rows by token, a run at a time."""
 
-    def __init__(self, like_AD: Tensor, plan: Permutation, num_runs: int) -> None:
+    def __init__(self, like_AD: Tensor, plan: Permutation, runs: list[_Run]) -> None:
         self._like_AD, self._row_AK = like_AD, plan.row_TK
+        longest = max((run.size for run in runs), default=0)
+        self._rows = like_AD.new_empty(longest + _ROW_MULTIPLE, like_AD.shape[1])
         # A sum of two is rounded once either way.
-        self._wide = _wide(like_AD.dtype) if num_runs > 2 else like_AD.dtype
+        self._wide = _wide(like_AD.dtype) if len(runs) > 2 else like_AD.dtype
         self._total_AD: Tensor | None = None
 
-    def rows_of(self, run: _Run) -> Tensor:
-        """Where its tiles are to be written."""
-        return self._like_AD.new_empty(run.size + _ROW_MULTIPLE, self._like_AD.shape[1])
+    def rows_of(self, run: _Run, tile: _Tile) -> Tensor:
+        """Where a tile is to be written."""
+        return self._rows[run.place_of(tile)]
 
-    def add(self, run: _Run, rows: Tensor) -> None:
+    def add(self, run: _Run) -> None:
         """Adds what was written."""
+        rows = self._rows[: run.size + 1]
         rows[run.size].zero_()  # for assignments that have no row in this run
         index_AK = self._row_AK - run.start
         index_AK.masked_fill_((index_AK < 0) | (index_AK >= run.size), run.size)
@@ -194,11 +197,10 @@ class _Tiles(torch.autograd.Function):
         work = _Work(x_AD, weights_AK, plan)
         x_nD, act_nF = work.buffers(D, F)
         w1_LPFD = w1_LGD.unflatten(1, (-1, F))
-        y = _SumByToken(x_AD, plan, len(work.runs))
+        y = _SumByToken(x_AD, plan, work.runs)
         h: list[Tensor] = []
         memory = None if keep else work.buffers(w1_LGD.shape[1])[0]
         for run in work.runs:
-            y_RD = y.rows_of(run)
             for tile in run.tiles:
                 n, expert = tile.padded, tile.expert
                 token, weights = work.token_R[tile.rows], work.weights_R1[tile.rows]
@@ -208,10 +210,10 @@ class _Tiles(torch.autograd.Function):
                     torch.mm(x_nD[:n], w1_FD.t(), out=part)
                 activate_into(h_PnF, activation, act_nF=act_nF[:n])
                 act_nF[: tile.size].mul_(weights)
-                torch.mm(act_nF[:n], w2_LDF[expert].t(), out=y_RD[run.place_of(tile)])
+                torch.mm(act_nF[:n], w2_LDF[expert].t(), out=y.rows_of(run, tile))
                 if keep:
                     h.append(h_PnF)
-            y.add(run, y_RD)
+            y.add(run)
         ctx.save_for_backward(x_AD, weights_AK, w2_LDF, w1_LGD, *h)
         ctx.plan, ctx.activation = plan, activation
         return y.result()
@@ -227,10 +229,9 @@ class _Tiles(torch.autograd.Function):
         needs_x, _, needs_w2, needs_w1 = ctx.needs_input_grad[:4]
         grad_w1, grad_w2 = _WeightGradient(w1_LGD, needs_w1, plan), _WeightGradient(w2_LDF, needs_w2, plan)
         grad_weights_R = weights_AK.new_zeros(len(work.token_R))
-        grad_x = _SumByToken(x_AD, plan, len(work.runs))
+        grad_x = _SumByToken(x_AD, plan, work.runs) if needs_x else None
         saved = iter(h)
         for run in work.runs:
-            grad_x_RD = grad_x.rows_of(run) if needs_x else None
             for tile in run.tiles:
                 n, rows, expert = tile.padded, slice(tile.size), tile.expert
                 token, weights = work.token_R[tile.rows], work.weights_R1[tile.rows]
@@ -250,13 +251,13 @@ class _Tiles(torch.autograd.Function):
                         padded[tile.size :].zero_()
                 grad_w2.add(tile, grad_y.t(), act)
                 grad_w1.add(tile, grad_h.t(), x)
-                if grad_x_RD is not None:
-                    torch.mm(grad_h, w1_LGD[expert], out=grad_x_RD[run.place_of(tile)])
-            if grad_x_RD is not None:
-                grad_x.add(run, grad_x_RD)
+                if grad_x is not None:
+                    torch.mm(grad_h, w1_LGD[expert], out=grad_x.rows_of(run, tile))
+            if grad_x is not None:
+                grad_x.add(run)
         grad_weights_AK = gather(grad_weights_R.unsqueeze(1), plan.row_TK.reshape(-1), is_complete=False)
         grads = (
-            grad_x.result() if needs_x else None,
+            None if grad_x is None else grad_x.result(),
             grad_weights_AK.view_as(weights_AK),
             grad_w2.total_LGD,
             grad_w1.total_LGD,

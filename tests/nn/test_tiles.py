@@ -188,7 +188,8 @@ def test_the_sum_by_token_in_runs(
 def test_many_rows_are_kept_in_larger_runs() -> None:
     plan = plan_permutation(torch.arange(L).repeat(1000).unsqueeze(1), L)
     runs = tiles_module._runs(tiles_module._tiles(plan, torch.float32), D * 4)
-    assert [run.size for run in runs] == [1000] * 4
+    assert len(runs) == 8
+    assert max(run.size for run in runs) <= 500 + TILE
 
 
 @activations
