@@ -32,7 +32,8 @@ _ROW_MULTIPLE = 8
 """Of the rows of a product in bf16: oneDNN compiles one for every number of rows, which takes as long as to run it."""
 
 _RUN_BYTES = 16 * 2**20
-"""Of rows that are kept until they are summed by token. glibc's malloc maps blocks above 32 MiB anew each time."""
+"""Of rows that are kept until they are summed by token, and of their sums. glibc's malloc maps blocks above 32 MiB anew
+each time."""
 
 _MOST_RUNS = 8
 """Every run looks at all tokens, so that many rows are kept in a larger block rather than summed more often."""
@@ -126,6 +127,7 @@ class _SumByToken:
         # A sum of two is rounded once either way.
         self._wide = _wide(like_AD.dtype) if len(runs) > 2 else like_AD.dtype
         self._total_AD: Tensor | None = None
+        self._tokens = max(_RUN_BYTES // (like_AD.shape[1] * like_AD.element_size()), 1)  # whose sums are made at once
 
     def rows_of(self, run: _Run, tile: _Tile) -> Tensor:
         """Where a tile is to be written."""
@@ -137,8 +139,13 @@ class _SumByToken:
         rows[run.size].zero_()  # for assignments that have no row in this run
         index_AK = self._row_AK - run.start
         index_AK.masked_fill_((index_AK < 0) | (index_AK >= run.size), run.size)
-        sum_AD = functional.embedding_bag(index_AK, rows, mode="sum")
-        self._total_AD = sum_AD.to(self._wide) if self._total_AD is None else self._total_AD.add_(sum_AD)
+        if self._total_AD is None and len(index_AK) <= self._tokens:
+            self._total_AD = functional.embedding_bag(index_AK, rows, mode="sum").to(self._wide)
+            return
+        if self._total_AD is None:
+            self._total_AD = torch.zeros_like(self._like_AD, dtype=self._wide)
+        for total, index in zip(self._total_AD.split(self._tokens), index_AK.split(self._tokens), strict=True):
+            total.add_(functional.embedding_bag(index, rows, mode="sum"))
 
     def result(self) -> Tensor:
         """[A, D]."""
