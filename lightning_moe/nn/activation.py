@@ -1,7 +1,6 @@
 """The activation between an expert's two products, with and without autograd.
 
-Shapes: R rows, F expert width, G = 2F where the activation is gated and F where it is not,
-P = G / F, n rows of a tile.
+Shapes: R rows, F expert width, G = 2F where the activation is gated and F where it is not, P = G / F, n rows of a tile.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ A tile is gathered from the tokens and goes through both products in buffers tha
 only the gate-up product is kept for backward, and of a run of tiles what is to be summed by token.
 
 No block of memory is larger than it must be, since the allocator gives large ones back to the system and every page of
-a new one costs a fault: the gate-up product is one block per tile, the rows to be summed one per run.
+a new one costs a fault: the gate-up product is one block per tile, the rows to be summed are one that every run uses.
 
 Shapes: A tokens on this rank, K experts per token, R rows in expert order, L local experts, D model width, F expert
 width, P = 2 where the activation is gated and 1 where it is not, G = P*F, n rows of a tile with padding.
