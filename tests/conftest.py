@@ -36,9 +36,10 @@ _ENVIRONMENT_OF_LIBRARIES = {
     "TRITON_CACHE_DIR",
 }
 
-_THREADS_OF_LIBRARIES = (
+_THREADS_THAT_STAY = (
     "tqdm_monitor",  # tqdm.tqdm.monitor_interval: one for all bars, for ever
     "fsspec",
+    "lightning_moe_worker",  # nn/workers.py: idle between layers, until the interpreter ends
     "ThreadPoolExecutor",  # of tensorboard and torch.compile: idle until the interpreter ends
     "pytest_timeout",
 )
@@ -165,7 +166,7 @@ def no_leaked_processes() -> Iterator[None]:
     assert not leaked, f"The test left these processes running: {described}"
 
 
-_LOWER_THREADS = tuple(name.lower() for name in _THREADS_OF_LIBRARIES)
+_LOWER_THREADS = tuple(name.lower() for name in _THREADS_THAT_STAY)
 
 
 def _wait_until_empty(find: Callable[[], list]) -> list:  # type: ignore[type-arg]

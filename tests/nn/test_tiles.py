@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Iterator
 from functools import partial
 from typing import Any, get_args
@@ -15,6 +16,7 @@ from torch.testing import assert_close
 from lightning_moe.config import Activation
 from lightning_moe.dispatch.permute import Permutation, plan_permutation
 from lightning_moe.nn import tiles as tiles_module
+from lightning_moe.nn import tiling
 from lightning_moe.nn.experts import run_by_rows
 from lightning_moe.nn.tiles import run_in_tiles
 
@@ -44,12 +46,22 @@ cases = pytest.mark.parametrize("case", CASES)
 
 @pytest.fixture(autouse=True)
 def small_tiles_in_unwritten_memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(tiles_module, "TILE", TILE)
-    monkeypatch.setattr(tiles_module, "_RUN_BYTES", RUN_ROWS * D * 4)
+    monkeypatch.setattr(tiling, "TILE", TILE)
+    monkeypatch.setattr(tiling, "_RUN_BYTES", RUN_ROWS * D * 4)
     torch.use_deterministic_algorithms(True)  # fills what is allocated with NaN
     assert torch.empty(3).isnan().all()
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(params=[1, 3], ids="{} threads".format)
+def num_threads(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
+    """However uneven their shares."""
+    monkeypatch.setattr(tiling, "_MOST_OF_MEAN", 100)
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
 
 
 def route(case: str) -> tuple[Tensor, Tensor | None, Permutation]:
@@ -111,6 +123,7 @@ def looped(
 @cases
 @activations
 @dtypes
+@pytest.mark.usefixtures("num_threads")
 def test_as_by_plain_loops(case: str, activation: Activation, dtype: torch.dtype) -> None:
     ids, kept, plan = route(case)
     inputs, upstream = drawn(ids, activation, dtype)
@@ -154,7 +167,7 @@ def test_tiles_by_hand() -> None:
     fp32 = [(0, 0, 6, 6), (0, 6, 7, 7), (0, 13, 7, 7), (2, 20, 3, 3), (3, 23, 8, 8)]
 
     def found(plan: Permutation, dtype: torch.dtype) -> list[tuple[int, int, int, int]]:
-        return [(t.expert, t.start, t.size, t.padded) for t in tiles_module._tiles(plan, dtype)]
+        return [(t.expert, t.start, t.size, t.padded) for t in tiling.cut(plan, dtype)]
 
     assert found(plan_permutation(ids, L), torch.float32) == fp32
     assert found(plan_permutation(ids, L), torch.bfloat16) == [(*tile[:3], 8) for tile in fp32]
@@ -166,6 +179,7 @@ def test_tiles_by_hand() -> None:
 @dtypes
 @pytest.mark.parametrize("num_runs", [1, 2, 3, 4])
 @pytest.mark.parametrize("case", ["all", "dropped", "gaps", "one expert"])
+@pytest.mark.usefixtures("num_threads")
 def test_the_sum_by_token_in_runs(
     case: str, num_runs: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -173,12 +187,12 @@ def test_the_sum_by_token_in_runs(
     inputs, upstream = drawn(ids, "swiglu", dtype)
     bytes_per_row = D * dtype.itemsize
     num_rows = int(plan.tokens_per_expert_E.sum())
-    monkeypatch.setattr(tiles_module, "_RUN_BYTES", num_rows * bytes_per_row)
+    monkeypatch.setattr(tiling, "_RUN_BYTES", num_rows * bytes_per_row)
     expected = in_tiles(inputs, upstream, plan, "swiglu")
-    monkeypatch.setattr(tiles_module, "_RUN_BYTES", -(-num_rows // num_runs) * bytes_per_row)
-    runs = tiles_module._runs(tiles_module._tiles(plan, dtype), bytes_per_row)
+    monkeypatch.setattr(tiling, "_RUN_BYTES", -(-num_rows // num_runs) * bytes_per_row)
+    runs = tiling.runs_of(tiling.cut(plan, dtype), bytes_per_row, 1)
     assert len(runs) == num_runs
-    assert plan.has_gaps or max(run.size for run in runs) <= -(-num_rows // num_runs) + TILE
+    assert max(sum(tile.size for tile in run.tiles) for run in runs) <= -(-num_rows // num_runs) + TILE
     ours = in_tiles(inputs, upstream, plan, "swiglu")
     for name, value in expected.items():
         tolerance = {torch.bfloat16: 2**-7, torch.float32: 1e-6, torch.float64: 1e-14}[dtype]
@@ -187,7 +201,7 @@ def test_the_sum_by_token_in_runs(
 
 def test_many_rows_are_kept_in_larger_runs() -> None:
     plan = plan_permutation(torch.arange(L).repeat(1000).unsqueeze(1), L)
-    runs = tiles_module._runs(tiles_module._tiles(plan, torch.float32), D * 4)
+    runs = tiling.runs_of(tiling.cut(plan, torch.float32), D * 4, 1)
     assert len(runs) == 8
     assert max(run.size for run in runs) <= 500 + TILE
 
@@ -197,6 +211,7 @@ def test_many_rows_are_kept_in_larger_runs() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 @pytest.mark.parametrize("where", ["x", "upstream", "weights"])
+@pytest.mark.usefixtures("num_threads")
 def test_one_bad_token_spoils_nothing_else(
     where: str, bad: float, dtype: torch.dtype, rows_per_expert: int | None, activation: Activation
 ) -> None:
@@ -229,22 +244,61 @@ def test_frozen(frozen: tuple[str, ...]) -> None:
     assert all(torch.equal(value, expected[name]) for name, value in ours.items())
 
 
-@pytest.mark.parametrize("num_threads", [1, 2])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_the_same_call_twice_is_bit_identical(
     dtype: torch.dtype, num_threads: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tiles_module, "TILE", 64)
+    monkeypatch.setattr(tiling, "TILE", 64)
+    monkeypatch.setattr(tiling, "_MOST_OF_MEAN", 1.25)
     ids = torch.rand(500, L).argsort(-1)[:, :3]
     plan = plan_permutation(ids, L, torch.rand(500, 3) < 0.9)
     x, upstream, w1, w2 = (torch.randn(*shape).to(dtype) for shape in ((500, 64), (500, 64), (L, 192, 64), (L, 64, 96)))
-    before = torch.get_num_threads()
-    torch.set_num_threads(num_threads)
-    try:
-        first, second = (in_tiles([x, torch.rand(500, 3).fill_(0.3), w1, w2], upstream, plan, "swiglu") for _ in "12")
-    finally:
-        torch.set_num_threads(before)
+    first, second = (in_tiles([x, torch.rand(500, 3).fill_(0.3), w1, w2], upstream, plan, "swiglu") for _ in "12")
     assert all(torch.equal(first[name], second[name]) for name in WHAT)
+
+
+def test_shares_by_hand() -> None:
+    """Rows of the experts, to be divided between two: who gets which tiles; all tiles in one where that is too uneven."""
+
+    def shares(*rows: int) -> list[list[tuple[int, int]]]:
+        ids = torch.arange(len(rows)).repeat_interleave(torch.tensor(rows)).unsqueeze(1)
+        tiles = tiling.cut(plan_permutation(ids, len(rows)), torch.float32)
+        (run,) = tiling.runs_of(tiles, 1, 2)
+        return [[(tile.expert, tile.size) for tile in share] for share in run.shares]
+
+    assert shares(3, 12, 5) == [[(1, 6), (1, 6)], [(2, 5), (0, 3)]]
+    assert shares(1, 6, 1) == [[(0, 1), (1, 6), (2, 1)]]
+    assert shares(7) == [[(0, 7)]]
+    assert shares(5, 3) == [[(0, 5)], [(1, 3)]]
+    assert shares(6, 3) == [[(0, 6), (1, 3)]]
+
+
+def test_experts_are_divided_among_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: set[str] = set()
+    original = tiles_module.activate_into
+
+    def watched(*args: Any, **kwargs: Any) -> None:
+        seen.add(threading.current_thread().name)
+        original(*args, **kwargs)
+
+    monkeypatch.setattr(tiles_module, "activate_into", watched)
+    ids = torch.arange(L).repeat(8).unsqueeze(1)
+    inputs, upstream = drawn(ids, "swiglu", torch.float32)
+    plan = plan_permutation(ids, L)
+    alone = in_tiles(inputs, upstream, plan, "swiglu")
+    assert seen == {threading.current_thread().name}
+    seen.clear()
+    torch.set_num_threads(2)
+    try:
+        together = in_tiles(inputs, upstream, plan, "swiglu")
+        with torch.inference_mode():
+            inferred = run_in_tiles(inputs[0], inputs[1], plan, inputs[2], inputs[3], "swiglu")
+    finally:
+        torch.set_num_threads(1)
+    assert len(seen) == 2
+    assert threading.current_thread().name not in seen
+    assert all(torch.equal(together[name], alone[name]) for name in WHAT)
+    assert torch.equal(inferred, alone["y"])
 
 
 @dtypes
