@@ -134,16 +134,20 @@ def _rows(tiles: list[Tile]) -> int:
 
 
 class SumByToken:
-    """Sums rows by token, a run at a time.
+    """Weighted sum of the rows of every token, a run at a time.
 
     Args:
         like_AD: A tensor like the sum.
+        weights_AK: Of the rows.
         plan: Which rows belong to a token.
         runs: All there will be.
     """
 
-    def __init__(self, like_AD: Tensor, plan: Permutation, runs: list[Run]) -> None:
+    def __init__(self, like_AD: Tensor, weights_AK: Tensor, plan: Permutation, runs: list[Run]) -> None:
         self._like_AD, self._place_AK = like_AD, _places(plan, runs)
+        # In the dtype in which embedding_bag takes them; where there is no row they may be anything, NaN included.
+        has_row_AK = plan.row_TK < len(plan.assignment_R)
+        self._weights_AK = torch.where(has_row_AK, weights_AK, 0).to(like_AD.dtype)
         longest = max((run.size for run in runs), default=0)
         self._rows = like_AD.new_empty(longest + 1, like_AD.shape[1])
         # A sum of two is rounded once either way.
@@ -162,18 +166,23 @@ class SumByToken:
         index_AK = self._place_AK - run.place
         index_AK.masked_fill_((index_AK < 0) | (index_AK >= run.size), run.size)
         if self._total_AD is None and len(index_AK) <= self._tokens:
-            self._total_AD = functional.embedding_bag(index_AK, rows, mode="sum").to(self._wide)
+            self._total_AD = _weighted_sum(rows, index_AK, self._weights_AK).to(self._wide)
             return
         if self._total_AD is None:
             self._total_AD = torch.zeros_like(self._like_AD, dtype=self._wide)
-        for total, index in zip(self._total_AD.split(self._tokens), index_AK.split(self._tokens), strict=True):
-            total.add_(functional.embedding_bag(index, rows, mode="sum"))
+        split = (tensor.split(self._tokens) for tensor in (self._total_AD, index_AK, self._weights_AK))
+        for total, index, weights in zip(*split, strict=True):
+            total.add_(_weighted_sum(rows, index, weights))
 
     def result(self) -> Tensor:
         """[A, D]."""
         if self._total_AD is None:
             return torch.zeros_like(self._like_AD)
         return self._total_AD.to(self._like_AD.dtype)
+
+
+def _weighted_sum(rows: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+    return functional.embedding_bag(index, rows, mode="sum", per_sample_weights=weights)
 
 
 def _places(plan: Permutation, runs: list[Run]) -> Tensor:

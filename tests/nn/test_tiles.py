@@ -206,6 +206,18 @@ def test_many_rows_are_kept_in_larger_runs() -> None:
     assert max(run.size for run in runs) <= 500 + TILE
 
 
+@pytest.mark.parametrize("case", ["dropped", "gaps"])
+def test_weights_without_a_row_may_be_anything(case: str) -> None:
+    """What a rank receives of a token's other experts."""
+    ids, kept, plan = route(case)
+    assert kept is not None
+    inputs, upstream = drawn(ids, "swiglu", torch.float32)
+    expected = in_tiles(inputs, upstream, plan, "swiglu")
+    inputs[1][~kept] = math.nan
+    ours = in_tiles(inputs, upstream, plan, "swiglu")
+    assert all(torch.equal(ours[name], expected[name]) for name in WHAT)
+
+
 @activations
 @pytest.mark.parametrize("rows_per_expert", [None, 11])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
