@@ -55,12 +55,17 @@ def rank_main(pipe: Connection, backend: str, timeout: float, log: str, stacks: 
     except BaseException as error:
         pipe.send_bytes(pickle.dumps((False, True, _describe(error))))
         raise
+    modules = 0
     while True:
         try:
             message = pipe.recv_bytes()
         except EOFError:
             os._exit(0)
         pipe.send_bytes(_perform(message, group))
+        if len(sys.modules) > modules:  # what they hold is not looked through again: that is half of a short training
+            gc.collect()
+            gc.freeze()
+            modules = len(sys.modules)
 
 
 def _end_with_parent(log: str) -> None:
