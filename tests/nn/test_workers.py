@@ -85,6 +85,7 @@ def test_dispatch_modes_see_everything() -> None:
     assert num_workers() == 4
 
 
+@pytest.mark.grid
 @pytest.mark.skipif(sys.platform == "win32", reason="has no fork")
 def test_after_a_fork() -> None:
     script = """

@@ -74,8 +74,19 @@ def fit_in_tiles(ranks: list[int], *args: Any, **kwargs: Any) -> Trained:
         return fit(*args, **kwargs)
 
 
-@pytest.mark.parametrize("ranks", [[0, 1], [0, 3], [0, 1, 2, 3]], ids=str)
-@pytest.mark.parametrize("stage", range(4))
+TILES_ON = ([0, 1], [0, 3], [0, 1, 2, 3])
+
+
+@pytest.mark.parametrize(
+    ("stage", "ranks"),
+    [  # one of each stage by default
+        pytest.param(
+            stage, ranks, marks=[pytest.mark.grid] * ((stage + place) % len(TILES_ON) != 2), id=f"{stage}-{ranks}"
+        )
+        for stage in range(4)
+        for place, ranks in enumerate(TILES_ON)
+    ],
+)
 def test_experts_in_tiles(stage: int, ranks: list[int], get_pool: Any) -> None:
     """On all ranks, or on some, whose gradients must still be added to the same of the others'."""
     case = case_of("fused", 1 + stage % 2, "dropping", 2, stage)

@@ -247,7 +247,9 @@ def test_an_error_on_one_rank_only_replaces_the_ranks(fragile_pool: RankPool) ->
     assert not pids & {fact["pid"] for fact in pool.run(process_facts)}
 
 
-@pytest.mark.parametrize(("how", "message"), [("exit", "exit code 3"), ("kill", "signal SIGKILL")])
+@pytest.mark.parametrize(
+    ("how", "message"), [pytest.param("exit", "exit code 3", marks=pytest.mark.grid), ("kill", "signal SIGKILL")]
+)
 def test_a_dead_rank(fragile_pool: RankPool, how: str, message: str) -> None:
     pool = fragile_pool
     pool.run(process_facts)
@@ -275,6 +277,7 @@ def test_a_hung_rank_shows_its_stack(fragile_pool: RankPool) -> None:
     assert [result[0] for result in pool.run(rank_and_arguments)] == [0, 1]
 
 
+@pytest.mark.grid
 def test_a_rank_that_died_between_tasks_is_replaced(fragile_pool: RankPool) -> None:
     pool = fragile_pool
     pool.run(process_facts)
@@ -291,7 +294,9 @@ def test_what_cannot_be_pickled_is_an_error(pool2: RankPool) -> None:
     assert pool2.run(rank_and_arguments)[1][0] == 1
 
 
-@pytest.mark.parametrize(("task", "args"), [(lose_the_group, ()), (leave_groups, (120,))])
+@pytest.mark.parametrize(
+    ("task", "args"), [(lose_the_group, ()), pytest.param(leave_groups, (120,), marks=pytest.mark.grid)]
+)
 def test_worn_ranks_are_replaced(fragile_pool: RankPool, task: Callable[..., None], args: tuple[int, ...]) -> None:
     pool = fragile_pool
     pool.run(task, *args)
@@ -315,6 +320,7 @@ def test_shutdown_leaves_nothing(fragile_pool: RankPool) -> None:
     pool.shutdown()
 
 
+@pytest.mark.grid
 def test_children_of_a_rank_end_with_it(fragile_pool: RankPool) -> None:
     pool = fragile_pool
     pool.run(process_facts)
@@ -337,7 +343,7 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.parametrize("how", ["hang", "end"])
+@pytest.mark.parametrize("how", ["hang", pytest.param("end", marks=pytest.mark.grid)])
 def test_ranks_end_with_their_parent(tmp_path: Path, project_root: Path, how: str) -> None:
     script = tmp_path / "owner.py"
     script.write_text(_OWNER)
