@@ -8,6 +8,7 @@ expert's tiles come in the same order either way.
 
 No block of memory is larger than it must be, since the allocator gives large ones back to the system and every page of
 a new one costs a fault: the gate-up product is one block per tile, the rows to be summed are one that every run uses.
+Nothing large is allocated by a worker, from whose arena glibc gives back blocks of any size.
 
 Shapes: A tokens on this rank, K experts per token, R rows in expert order, L local experts, D model width, F expert
 width, P = 2 where the activation is gated and 1 where it is not, G = P*F, n rows of a tile with padding.
@@ -21,7 +22,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from lightning_moe.config import Activation
 from lightning_moe.dispatch.permute import Permutation, gather
@@ -120,27 +120,31 @@ class _Tiles(torch.autograd.Function):
         x_AD, weights_AK, w2_LDF, w1_LGD, *h = ctx.saved_tensors
         plan: Permutation = ctx.plan
         (D, F), G = w2_LDF.shape[1:], w1_LGD.shape[1]
-        work = _Work(x_AD, weights_AK, plan, D, F, F, F, G)
+        work = _Work(x_AD, weights_AK, plan, D, D, F, F, F, G)
         needs_x, _, needs_w2, needs_w1 = ctx.needs_input_grad[:4]
         grad_w1, grad_w2 = _WeightGradient(w1_LGD, needs_w1, plan), _WeightGradient(w2_LDF, needs_w2, plan)
         grad_weights_R = weights_AK.new_zeros(len(work.token_R))
-        grad_x = SumByToken(x_AD, weights_AK, plan, work.runs) if needs_x else None
+        grad_x = SumByToken(x_AD, None, plan, work.runs) if needs_x else None
 
         def step(
-            run: Run, tile: Tile, grad_y: Tensor, act: Tensor, silu: Tensor, grad_act: Tensor, grad_h: Tensor
+            run: Run, tile: Tile, x: Tensor, grad_y: Tensor, act: Tensor, silu: Tensor, grad_act: Tensor, grad_h: Tensor
         ) -> None:
             rows, expert, h_PnF = slice(tile.size), tile.expert, h[tile.index]
-            torch.index_select(grad_AD, 0, work.token_R[tile.rows], out=grad_y[rows])
-            torch.mm(grad_y, w2_LDF[expert], out=grad_act)
+            token, weights = work.token_R[tile.rows], work.weights_R1[tile.rows]
+            torch.index_select(grad_AD, 0, token, out=grad_y[rows])
+            torch.mm(grad_y, w2_LDF[expert], out=grad_act)  # without the weight, for the weight's own gradient
             activate_into(h_PnF, ctx.activation, act_nF=act, silu_nF=silu)
             products = torch.mul(act[rows], grad_act[rows], out=grad_h[rows, :F])
             torch.sum(products, 1, dtype=grad_weights_R.dtype, out=grad_weights_R[tile.rows])
+            act[rows].mul_(weights)
+            grad_act[rows].mul_(weights)
             activate_backward_into(h_PnF, ctx.activation, grad_act, silu, grad_h_nG=grad_h)
-            if tile.padded > tile.size:  # whatever stands in the padding, NaN included, is multiplied with 0
-                act[tile.size :].zero_()
-                grad_h[tile.size :].zero_()
-            grad_w2.add(tile, work.weighted(grad_AD, tile).t(), act)
-            grad_w1.add(tile, grad_h.t(), work.weighted(x_AD, tile))
+            torch.index_select(x_AD, 0, token, out=x[rows])
+            if tile.padded > tile.size:  # what stands in the padding would be summed into the weights' gradients
+                for padded in (grad_y, act, grad_h, x):
+                    padded[tile.size :].zero_()
+            grad_w2.add(tile, grad_y.t(), act)
+            grad_w1.add(tile, grad_h.t(), x)
             if grad_x is not None:
                 torch.mm(grad_h, w1_LGD[expert], out=grad_x.rows_of(run, tile))
 
@@ -166,18 +170,10 @@ class _Work:
         self.runs = runs_of(self.tiles, x_AD.shape[1] * x_AD.element_size(), num_workers())
         self.token_R = plan.token_R
         weights_R1 = gather(weights_AK.reshape(-1, 1), plan.assignment_R, is_complete=not plan.has_gaps)
-        self._weights_R = weights_R1.to(x_AD.dtype).squeeze(1)
+        self.weights_R1 = weights_R1.to(x_AD.dtype)  # mixed products take three times as long
         most = max((tile.padded for tile in self.tiles), default=0)
         number = max((len(run.shares) for run in self.runs), default=0)
         self._buffers = [[x_AD.new_empty(most, width) for width in widths] for _ in range(number)]
-
-    def weighted(self, tokens_AD: Tensor, tile: Tile) -> Tensor:
-        """Those of a tile, times the weights of its expert; 0 in the padding."""
-        starts = torch.arange(tile.padded)
-        if tile.padded > tile.size:
-            starts.clamp_(max=tile.size)  # nothing is summed there
-        token, weights = self.token_R[tile.rows], self._weights_R[tile.rows]
-        return functional.embedding_bag(token, tokens_AD, starts, mode="sum", per_sample_weights=weights)
 
     def walk(self, run: Run, step: Callable[..., None]) -> None:
         """Calls ``step(run, tile, *buffers)`` for every tile."""

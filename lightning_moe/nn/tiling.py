@@ -134,20 +134,21 @@ def _rows(tiles: list[Tile]) -> int:
 
 
 class SumByToken:
-    """Weighted sum of the rows of every token, a run at a time.
+    """Sum of the rows of every token, a run at a time.
 
     Args:
         like_AD: A tensor like the sum.
-        weights_AK: Of the rows.
+        weights_AK: Of the rows; ``None`` is 1.
         plan: Which rows belong to a token.
         runs: All there will be.
     """
 
-    def __init__(self, like_AD: Tensor, weights_AK: Tensor, plan: Permutation, runs: list[Run]) -> None:
+    def __init__(self, like_AD: Tensor, weights_AK: Tensor | None, plan: Permutation, runs: list[Run]) -> None:
         self._like_AD, self._place_AK = like_AD, _places(plan, runs)
-        # In the dtype in which embedding_bag takes them; where there is no row they may be anything, NaN included.
-        has_row_AK = plan.row_TK < len(plan.assignment_R)
-        self._weights_AK = torch.where(has_row_AK, weights_AK, 0).to(like_AD.dtype)
+        self._weights_AK = weights_AK
+        if weights_AK is not None:  # where there is no row they may be anything, NaN included
+            has_row_AK = plan.row_TK < len(plan.assignment_R)
+            self._weights_AK = torch.where(has_row_AK, weights_AK, 0).to(like_AD.dtype)
         longest = max((run.size for run in runs), default=0)
         self._rows = like_AD.new_empty(longest + 1, like_AD.shape[1])
         # A sum of two is rounded once either way.
@@ -166,23 +167,23 @@ class SumByToken:
         index_AK = self._place_AK - run.place
         index_AK.masked_fill_((index_AK < 0) | (index_AK >= run.size), run.size)
         if self._total_AD is None and len(index_AK) <= self._tokens:
-            self._total_AD = _weighted_sum(rows, index_AK, self._weights_AK).to(self._wide)
+            self._total_AD = self._sum(rows, index_AK, slice(None)).to(self._wide)
             return
         if self._total_AD is None:
             self._total_AD = torch.zeros_like(self._like_AD, dtype=self._wide)
-        split = (tensor.split(self._tokens) for tensor in (self._total_AD, index_AK, self._weights_AK))
-        for total, index, weights in zip(*split, strict=True):
-            total.add_(_weighted_sum(rows, index, weights))
+        for start in range(0, len(index_AK), self._tokens):
+            tokens = slice(start, start + self._tokens)
+            self._total_AD[tokens].add_(self._sum(rows, index_AK, tokens))
+
+    def _sum(self, rows: Tensor, index_AK: Tensor, tokens: slice) -> Tensor:
+        weights_AK = None if self._weights_AK is None else self._weights_AK[tokens]
+        return functional.embedding_bag(index_AK[tokens], rows, mode="sum", per_sample_weights=weights_AK)
 
     def result(self) -> Tensor:
         """[A, D]."""
         if self._total_AD is None:
             return torch.zeros_like(self._like_AD)
         return self._total_AD.to(self._like_AD.dtype)
-
-
-def _weighted_sum(rows: Tensor, index: Tensor, weights: Tensor) -> Tensor:
-    return functional.embedding_bag(index, rows, mode="sum", per_sample_weights=weights)
 
 
 def _places(plan: Permutation, runs: list[Run]) -> Tensor:
