@@ -36,12 +36,18 @@ def run_parts(parts: Sequence[Callable[[], None]]) -> None:
     Raises:
         Exception: The first of what the parts raised, in their order.
     """
-    pool = _pool(os.getpid(), torch.get_num_threads())  # threads do not survive a fork
-    inference = torch.is_inference_mode_enabled()
-    futures = [pool.submit(_run, part, inference) for part in parts]
-    wait(futures)
-    for future in futures:
-        future.result()
+    num_threads, inference = torch.get_num_threads(), torch.is_inference_mode_enabled()
+    pool = _pool(os.getpid(), num_threads)  # threads do not survive a fork
+    # The first is for the calling thread: were it to sleep, those that it wakes could all end up on its processor.
+    others = [pool.submit(_run, part, inference) for part in parts[1:]]
+    torch.set_num_threads(_divided(num_threads)[1])
+    try:
+        _run(parts[0], inference)
+    finally:
+        torch.set_num_threads(num_threads)
+        wait(others)
+    for other in others:
+        other.result()
 
 
 def _run(part: Callable[[], None], inference: bool) -> None:
@@ -58,12 +64,14 @@ def _divided(num_threads: int) -> tuple[int, int]:
 
 @cache
 def _pool(pid: int, num_threads: int) -> ThreadPoolExecutor:
-    """Of one process and one setting of ``torch.set_num_threads``."""
+    """Of one process and one setting of ``torch.set_num_threads``: the workers other than the calling thread."""
     del pid
     workers, threads_each = _divided(num_threads)
-    pool = ThreadPoolExecutor(workers, "lightning_moe_worker", _set_threads, (threads_each,))
+    pool = ThreadPoolExecutor(max(workers - 1, 1), "lightning_moe_worker", _set_threads, (threads_each,))
     all_there = Barrier(workers)
-    for future in [pool.submit(all_there.wait) for _ in range(workers)]:
+    started = [pool.submit(all_there.wait) for _ in range(workers - 1)]
+    all_there.wait()
+    for future in started:
         future.result()
     torch.set_num_threads(num_threads)  # what a thread sets is also where those begin that come after it
     return pool

@@ -308,7 +308,6 @@ def test_experts_are_divided_among_threads(monkeypatch: pytest.MonkeyPatch) -> N
     finally:
         torch.set_num_threads(1)
     assert len(seen) == 2
-    assert threading.current_thread().name not in seen
     assert all(torch.equal(together[name], alone[name]) for name in WHAT)
     assert torch.equal(inferred, alone["y"])
 

@@ -75,8 +75,12 @@ def test_the_first_exception_comes_when_all_parts_have_ended() -> None:
     with pytest.raises(ValueError, match="1"):
         run_parts([slow, lambda: fail(1), lambda: fail(2)])
     assert ended == [1]
-    run_parts([slow])
+    with pytest.raises(ValueError, match="2"):
+        run_parts([lambda: fail(2), slow, lambda: fail(1)])
     assert ended == [1, 1]
+    assert torch.get_num_threads() == 4
+    run_parts([slow])
+    assert ended == [1, 1, 1]
 
 
 def test_dispatch_modes_see_everything() -> None:
