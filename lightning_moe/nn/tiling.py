@@ -86,7 +86,7 @@ class Run:
 
     Args:
         tiles: In the order of rows.
-        shares: The same for every worker.
+        shares: The same tiles, divided among workers.
     """
 
     tiles: list[Tile]
