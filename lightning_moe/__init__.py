@@ -10,6 +10,7 @@ from lightning_moe.callbacks import (
     SampleText,
     TopKSchedule,
 )
+from lightning_moe.checkpoint import MoECheckpointIO
 from lightning_moe.config import MoEConfig
 from lightning_moe.nn import MoE
 from lightning_moe.strategies import ExpertParallelStrategy
@@ -23,6 +24,7 @@ __all__ = [
     "ExpertLoadMonitor",
     "ExpertParallelStrategy",
     "MoE",
+    "MoECheckpointIO",
     "MoEConfig",
     "SampleText",
     "TopKSchedule",

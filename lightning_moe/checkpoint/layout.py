@@ -1,4 +1,4 @@
-"""The layout that a checkpoint was written in, beside it as plain JSON, and the refusal of another one."""
+"""Checkpoints of DeepSpeed's format, which is bound to a layout: the refusal of another one."""
 
 from __future__ import annotations
 
@@ -22,11 +22,6 @@ class CheckpointLayout:
     world_size: int
     expert_parallel_size: int
     stage: int
-
-
-def write_layout(checkpoint: Path, layout: CheckpointLayout) -> None:
-    """Writes the layout into a checkpoint's folder."""
-    (checkpoint / FILE_NAME).write_text(json.dumps(asdict(layout), indent=2) + "\n")
 
 
 def check_layout(checkpoint: Path, layout: CheckpointLayout) -> None:

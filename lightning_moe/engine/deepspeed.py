@@ -12,7 +12,6 @@ from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache, partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -277,58 +276,6 @@ def plain_checkpoints(engine: DeepSpeedEngine) -> Iterator[None]:
         engine.has_moe_layers = before
 
 
-def save_partitions(engine: DeepSpeedEngine, checkpoint: Path) -> None:
-    """Writes this rank's parts of a ZeRO-3 module's weights and its buffers beside DeepSpeed's own files.
-
-    DeepSpeed keeps the weights of ZeRO 3 in the optimizer's files alone, in an order that depends on the optimizer's
-    groups, so that evaluation, which has no optimizer, could not load them.
-    """
-    parts = {name: p.ds_tensor.detach().cpu() for name, p in engine.module.named_parameters()}
-    torch.save(parts | _persistent_buffers(engine.module), checkpoint / _partition_file())
-
-
-def load_partitions(engine: DeepSpeedEngine, checkpoint: Path, tag: str) -> dict[str, Any]:
-    """Reads what :func:`save_partitions` wrote, in the same layout.
-
-    Returns:
-        What Lightning stored beside the weights.
-
-    Raises:
-        FileNotFoundError: the checkpoint has no such file.
-        ValueError: it is of another model.
-    """
-    from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
-
-    path = checkpoint / _partition_file()
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"ckpt_path={str(checkpoint)!r}: has no {path.name}, the weights that evaluation with ZeRO 3 loads. "
-            "Save it anew with ExpertParallelStrategy, by trainer.fit(ckpt_path=...) and trainer.save_checkpoint."
-        )
-    parts = torch.load(path, map_location="cpu", weights_only=True)
-    parameters, buffers = dict(engine.module.named_parameters()), _persistent_buffers(engine.module)
-    if different := sorted(parts.keys() ^ (parameters.keys() | buffers.keys())):
-        raise ValueError(
-            f"ckpt_path={str(checkpoint)!r}: is of another model; the first names that only one of them has are "
-            f"{', '.join(different[:5])}. Load it into the model that was saved."
-        )
-    for name, parameter in parameters.items():
-        parameter.ds_tensor.data.copy_(parts[name])
-    for name, buffer in buffers.items():
-        buffer.copy_(parts[name])
-    saved: dict[str, Any] = TorchCheckpointEngine().load(engine._get_ckpt_name(str(checkpoint), tag), "cpu")
-    return saved
-
-
-def _persistent_buffers(module: nn.Module) -> dict[str, Tensor]:
-    saved = module.state_dict().keys()
-    return {name: buffer for name, buffer in module.named_buffers() if name in saved}
-
-
-def _partition_file() -> str:
-    return f"zero3_weights_rank_{dist.get_rank():05d}.pt"
-
-
 def full_parameter(parameter: nn.Parameter, groups: ExpertGroups) -> Tensor:
     """The whole of a parameter on every rank, whatever ZeRO stage and EP group it is spread over. Collective.
 
@@ -354,13 +301,11 @@ __all__ = [
     "full_parameter",
     "ignore_deprecations",
     "initialize",
-    "load_partitions",
     "name_param_group",
     "native_moe_layers",
     "new_expert_groups",
     "plain_checkpoints",
     "prepare_import",
     "release_earlier_engine",
-    "save_partitions",
     "use_cpu",
 ]

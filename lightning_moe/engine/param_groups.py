@@ -72,3 +72,31 @@ def _extend_scheduler(scheduler: Any, sources: list[int]) -> None:
         values = getattr(scheduler, attribute, None)
         if isinstance(values, list) and 0 < len(values) < len(sources):
             setattr(scheduler, attribute, [values[source] for source in sources])
+
+
+def without_split(state: dict[str, Any], sources: list[int]) -> dict[str, Any]:
+    """A scheduler's ``state_dict`` as it would be had the optimizer's groups not been split.
+
+    Args:
+        state: Of a scheduler of an optimizer with split groups.
+        sources: What :func:`split_expert_groups` returned.
+    """
+    first = [sources.index(source) for source in range(max(sources) + 1)]
+    return _with_groups(state, len(sources), first)
+
+
+def with_split(state: dict[str, Any], sources: list[int]) -> dict[str, Any]:
+    """The reverse of :func:`without_split`, for any split."""
+    return _with_groups(state, max(sources) + 1, sources)
+
+
+def _with_groups(state: dict[str, Any], count: int, chosen: list[int]) -> dict[str, Any]:
+    """A scheduler's state with the chosen ones of its ``count`` groups."""
+    changed = {
+        key: [value[index] for index in chosen]
+        for key, value in state.items()
+        if key in _PER_GROUP_LISTS and isinstance(value, list) and len(value) == count
+    }
+    if inner := state.get("_schedulers"):  # SequentialLR, ChainedScheduler
+        changed["_schedulers"] = [_with_groups(entry, count, chosen) for entry in inner]
+    return {**state, **changed}

@@ -5,34 +5,33 @@ from __future__ import annotations
 import atexit
 import math
 from collections.abc import Callable, Generator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from pathlib import Path
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch.distributed as dist
 from lightning.fabric.utilities.distributed import _destroy_dist_connection
 from lightning.fabric.utilities.seed import reset_seed
 from lightning.pytorch.accelerators import CPUAccelerator
-from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy
-from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities.enums import GradClipAlgorithmType
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_moe.checkpoint import CheckpointLayout, check_layout, write_layout
 from lightning_moe.engine import deepspeed as engine
 from lightning_moe.engine.param_groups import split_expert_groups
 from lightning_moe.nn import MoE
-from lightning_moe.parallel import ExpertGroups, Topology, building_for, is_expert_parameter
+from lightning_moe.parallel import Topology, building_for, is_expert_parameter
+from lightning_moe.strategies.checkpointing import CheckpointingStrategy, OnSaveError
+from lightning_moe.strategies.run_state import OptimizerGroups
 
 if TYPE_CHECKING:
     import lightning as L
     from lightning.pytorch.utilities.types import LRSchedulerConfig
 
 
-class ExpertParallelStrategy(DeepSpeedStrategy):
+class ExpertParallelStrategy(CheckpointingStrategy):
     """Expert parallelism (EP) for any LightningModule with MoE layers, on DeepSpeed's ZeRO, on GPU and CPU ranks.
 
     Every rank is a data rank with its own batch. The experts of a layer are spread over ``expert_parallel_size``
@@ -55,10 +54,14 @@ class ExpertParallelStrategy(DeepSpeedStrategy):
             layer's ``num_experts``. ``"auto"`` is the ranks of one node, or the largest number below that divides
             the experts of the layers that exist before ``configure_model``.
         stage: ZeRO stage, 0 to 3.
+        async_save: Writes checkpoints while training goes on, from a copy of this rank's share in host memory.
+        on_save_error: ``"raise"`` ends the run when a checkpoint cannot be saved, ``"warn"`` goes on without it. The
+            checkpoints that were there stay in both.
         **deepspeed_kwargs: Everything that Lightning's ``DeepSpeedStrategy`` takes.
 
     Raises:
-        ValueError: ``expert_parallel_size`` is neither ``"auto"`` nor at least 1, or ``stage`` is not 0 to 3.
+        ValueError: ``expert_parallel_size`` is neither ``"auto"`` nor at least 1, ``stage`` is not 0 to 3, or
+            ``on_save_error`` is not one of its values.
         MisconfigurationException: at setup, on every rank and before the first forward, when model, Trainer and
             strategy do not fit together.
     """
@@ -66,7 +69,13 @@ class ExpertParallelStrategy(DeepSpeedStrategy):
     strategy_name = "expert_parallel"
 
     def __init__(
-        self, expert_parallel_size: int | Literal["auto"] = "auto", *, stage: int = 1, **deepspeed_kwargs: Any
+        self,
+        expert_parallel_size: int | Literal["auto"] = "auto",
+        *,
+        stage: int = 1,
+        async_save: bool = False,
+        on_save_error: OnSaveError = "raise",
+        **deepspeed_kwargs: Any,
     ) -> None:
         if expert_parallel_size != "auto" and not (isinstance(expert_parallel_size, int) and expert_parallel_size >= 1):
             raise ValueError(
@@ -76,9 +85,8 @@ class ExpertParallelStrategy(DeepSpeedStrategy):
         if stage not in (0, 1, 2, 3):
             raise ValueError(f"stage={stage!r}: must be 0, 1, 2 or 3. Use 1 to shard optimizer states.")
         engine.prepare_import()
-        super().__init__(stage=stage, **deepspeed_kwargs)
+        super().__init__(stage=stage, async_save=async_save, on_save_error=on_save_error, **deepspeed_kwargs)
         self.expert_parallel_size = expert_parallel_size
-        self.expert_groups: ExpertGroups | None = None
         self._unpartitioned_norm: float | None = None
 
     def __repr__(self) -> str:
@@ -161,6 +169,7 @@ class ExpertParallelStrategy(DeepSpeedStrategy):
                     f"stage=3: {name} is a deepspeed.moe.layer.MoE, which ZeRO 3 does not partition. "
                     "Use stage 0, 1 or 2, or lightning_moe.MoE."
                 )
+        self._check_checkpoint_callbacks(trainer)
         if trainer.gradient_clip_algorithm == GradClipAlgorithmType.VALUE:
             raise MisconfigurationException(
                 "gradient_clip_algorithm='value': gradients are partitioned over ranks and can only be clipped by "
@@ -173,10 +182,6 @@ class ExpertParallelStrategy(DeepSpeedStrategy):
                     f"{name}=False: with ZeRO {self._stage} the gradients of experts would be reduced over the wrong "
                     f"ranks. Leave it at True, or use stage 0 or 3."
                 )
-
-    @property
-    def _stage(self) -> int:
-        return int((self.config or {}).get("zero_optimization", {}).get("stage", 0))
 
     @override
     def _setup_model(self, model: nn.Module) -> nn.Module:  # type: ignore[override]
@@ -206,7 +211,14 @@ class ExpertParallelStrategy(DeepSpeedStrategy):
                 "DeepSpeed needs some. Use stage 0 or 3 to train with all experts frozen."
             )
         scheduler = schedulers[0] if schedulers else None
-        split_expert_groups(optimizers[0], [scheduler.scheduler] if scheduler else [], engine.name_param_group)
+        names = {id(parameter): name for name, parameter in self.lightning_module.named_parameters()}
+        made = [[names[id(p)] for p in group["params"] if id(p) in names] for group in optimizers[0].param_groups]
+        sources = split_expert_groups(
+            optimizers[0], [scheduler.scheduler] if scheduler else [], engine.name_param_group
+        )
+        # DeepSpeed drops groups without parameters.
+        kept = [s for s, group in zip(sources, optimizers[0].param_groups, strict=True) if group["params"]]
+        self.optimizer_groups = OptimizerGroups(made, kept)
         return optimizers[0], scheduler
 
     @override
@@ -293,41 +305,6 @@ class ExpertParallelStrategy(DeepSpeedStrategy):
             **{k: self.config[k] for k in keys if k in self.config},
         }
         self.model, _ = engine.initialize(model, config, self.root_device)
-
-    # ----------------------------------------------------------------------------------- checkpoints
-
-    @override
-    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
-        filepath = self.broadcast(filepath)
-        with self._checkpoint_format():
-            super().save_checkpoint(checkpoint, filepath, storage_options)
-        if self._stage == 3:
-            engine.save_partitions(self.deepspeed_engine, Path(filepath))
-        if self.is_global_zero:
-            write_layout(Path(filepath), self._layout())
-            (Path(filepath) / "zero_to_fp32.py").unlink(missing_ok=True)  # it fails for every model with experts
-        self.barrier()  # nobody goes on to load what another rank has not finished writing
-
-    @override
-    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
-        if Path(checkpoint_path).is_file():
-            raise ValueError(
-                f"ckpt_path={str(checkpoint_path)!r}: is one file, from a run without ExpertParallelStrategy, and this "
-                "strategy resumes from the folder that it saved. Load the weights into the model before fit instead."
-            )
-        check_layout(Path(checkpoint_path), self._layout())
-        assert self.lightning_module is not None
-        if self._stage == 3 and self.lightning_module.trainer.state.fn != TrainerFn.FITTING:
-            return engine.load_partitions(self.deepspeed_engine, Path(checkpoint_path), tag="checkpoint")
-        with self._checkpoint_format():
-            return super().load_checkpoint(checkpoint_path, weights_only)
-
-    def _checkpoint_format(self) -> AbstractContextManager[None]:
-        return engine.plain_checkpoints(self.deepspeed_engine) if self._stage == 3 else nullcontext()
-
-    def _layout(self) -> CheckpointLayout:
-        assert self.expert_groups is not None
-        return CheckpointLayout(self.world_size, self.expert_groups.ep_size, self._stage)
 
     @classmethod
     @override

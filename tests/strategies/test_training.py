@@ -217,27 +217,6 @@ def test_resume_and_validate_from_checkpoint(stage: int, precision: str, get_poo
         assert fresh == expected
 
 
-def resume_elsewhere(folder: str, save: tuple[int, int], load: tuple[int, int]) -> str:
-    data = loader(ToyData(32), 4, rank())
-    trainer = trainer_for(*save, world=4)
-    trainer.fit(Toy(), data)
-    path = str(Path(folder) / "a.ckpt")
-    trainer.save_checkpoint(path)
-    try:
-        trainer_for(*load, world=4, max_steps=6).fit(Toy(), data, ckpt_path=path)
-    except ValueError as error:
-        return str(error)
-    return "resumed"
-
-
-def test_other_layout_is_refused(get_pool: Any, tmp_path: Path) -> None:
-    message = (
-        f"ckpt_path='{tmp_path}/a.ckpt': was saved with expert_parallel_size=2 (now 4), stage=2 (now 1), and this "
-        "format resumes only in the layout in which it was saved. Start with those values."
-    )
-    assert get_pool(4).run(resume_elsewhere, str(tmp_path), (2, 2), (4, 1)) == [message] * 4
-
-
 # ------------------------------------------------------------------------- other ways to be built
 
 

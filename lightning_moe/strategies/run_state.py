@@ -1,0 +1,263 @@
+"""A run as a checkpoint keeps it: what there is to save, and putting it back in any layout."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from lightning.fabric.utilities.seed import _collect_rng_states, _set_rng_states
+from torch import Tensor, nn
+
+from lightning_moe.checkpoint.loading import MODEL, Checkpoint, moment_name
+from lightning_moe.checkpoint.logical import all_names, logical_parameters
+from lightning_moe.checkpoint.manifest import SavedLayout
+from lightning_moe.checkpoint.objects import check_readable, plain
+from lightning_moe.checkpoint.pieces import Piece
+from lightning_moe.checkpoint.saving import Snapshot
+from lightning_moe.checkpoint.single import LightningFile
+from lightning_moe.engine import zero_state
+from lightning_moe.engine.param_groups import with_split, without_split
+from lightning_moe.engine.zero_state import Master
+from lightning_moe.parallel import ExpertGroups
+
+if TYPE_CHECKING:
+    from deepspeed import DeepSpeedEngine
+
+_NOT_HYPER_PARAMETERS = ("params", "param_names", "name", "moe")
+_LIBRARIES = ("lightning_moe", "torch", "lightning", "deepspeed")
+
+
+@dataclass(frozen=True)
+class OptimizerGroups:
+    """The optimizer's groups of parameters, as the user made them and as they are split for experts.
+
+    Args:
+        made: Names of the parameters in each group that the user made.
+        sources: For each group after the split, the one that it comes from.
+    """
+
+    made: list[list[str]]
+    sources: list[int]
+
+
+@dataclass(frozen=True)
+class Restored:
+    """What is left to put back once tensors are.
+
+    Args:
+        lightning: Lightning's checkpoint, without tensors of the model.
+        rng: States of this rank's random generators; ``None`` if the checkpoint has none.
+    """
+
+    lightning: dict[str, Any]
+    rng: dict[str, Any] | None
+
+
+def rng_states() -> dict[str, Any]:
+    """States of torch's, NumPy's and Python's random generators, and of the one of the current GPU."""
+    device = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
+    return {**_collect_rng_states(include_cuda=False), "cuda": device}
+
+
+def set_rng_states(states: dict[str, Any]) -> None:
+    """Sets what :func:`rng_states` gave, read back from a checkpoint."""
+    kind, keys, *rest = states["numpy"]
+    _set_rng_states(
+        {"torch": states["torch"], "python": states["python"], "numpy": (kind, keys.numpy().astype("uint32"), *rest)}
+    )
+    if states["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(states["cuda"])
+
+
+class RunState:
+    """The state of a run on this rank.
+
+    Args:
+        module: The whole LightningModule.
+        engine: DeepSpeed's, of training or of evaluation.
+        expert_groups: Of the strategy.
+        optimizer_groups: ``None`` in evaluation.
+        all_ranks: Their group, with a CPU backend.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        engine: DeepSpeedEngine,
+        expert_groups: ExpertGroups,
+        optimizer_groups: OptimizerGroups | None,
+        all_ranks: dist.ProcessGroup,
+    ) -> None:
+        self._module = module
+        self._engine = engine
+        self._expert_groups = expert_groups
+        self._optimizer_groups = optimizer_groups
+        self._all_ranks = all_ranks
+        self._parameters = dict(module.named_parameters())
+        self._masters = zero_state.masters(engine, self._parameters)
+        self._logical = logical_parameters(module, expert_groups)
+        persistent = module.state_dict().keys()
+        self._buffers = {name: b for name, b in module.named_buffers() if name in persistent and b.numel()}
+
+    # ---------------------------------------------------------------------------------------- saving
+
+    def snapshot(self, checkpoint: Mapping[str, Any], layout: SavedLayout, with_frozen: bool = True) -> Snapshot:
+        """What a checkpoint is to keep.
+
+        Args:
+            checkpoint: Lightning's, with its ``optimizer_states`` unless it is of weights alone.
+            layout: Of the run.
+            with_frozen: ``False`` leaves frozen parameters out.
+
+        Raises:
+            CheckpointError: something in ``checkpoint`` or of the optimizer could not be given back.
+        """
+        groups = self._optimizer_groups if "optimizer_states" in checkpoint else None
+        names = [name for name, parameter in self._parameters.items() if with_frozen or parameter.requires_grad]
+        run: dict[str, Any] = {
+            "lightning": {k: v for k, v in checkpoint.items() if k not in ("state_dict", "optimizer_states")},
+            "extra_state": self._extra_state(),
+        }
+        if groups is not None:
+            schedulers = checkpoint["lr_schedulers"]
+            run["lightning"]["lr_schedulers"] = [without_split(state, groups.sources) for state in schedulers]
+            run["optimizer_groups"] = self._hyper_parameters(groups)
+            run["engine"] = zero_state.counters(self._engine)
+        rank: dict[str, Any] = {"rng": rng_states()}
+        if loaders := checkpoint["loops"]["fit_loop"].get("combined_loader"):
+            rank["dataloaders"] = loaders  # where this rank is in its data
+        run, rank = plain(run), plain(rank)
+        check_readable(run, "checkpoint")
+        check_readable(rank, "state of a rank")
+        return Snapshot(
+            pieces=self._shares(names, with_moments=groups is not None),
+            scalars=self._scalars(names) if groups is not None else {},
+            run=run,
+            rank=rank,
+            layout=layout,
+            step=checkpoint["global_step"],
+            epoch=checkpoint["epoch"],
+            versions={name: importlib.metadata.version(name) for name in _LIBRARIES},
+        )
+
+    def _shares(self, names: list[str], with_moments: bool) -> dict[str, Piece]:
+        """What this rank writes of the parameters, of what the optimizer keeps of their elements, and of buffers."""
+        pieces = {}
+        for name in names:
+            master, logical = self._masters[name], self._logical[name]
+            for key, tensor in self._tensors(name, with_moments).items():
+                piece = Piece(logical.shape, logical.start + master.start, master.part_of(tensor))
+                pieces[key] = piece if master.is_partition else piece.share(logical.replica, logical.replicas)
+        if dist.get_rank() == 0:  # they may differ between ranks, as the statistics of a BatchNorm do
+            pieces |= {MODEL + name: Piece(tuple(b.shape), 0, b.reshape(-1)) for name, b in self._buffers.items()}
+        return pieces
+
+    def _tensors(self, name: str, with_moments: bool) -> dict[str, Tensor]:
+        """The tensors that hold a parameter and the optimizer's moments of it, by their names in a checkpoint."""
+        master, there = self._masters[name], self._logical[name].name
+        moments = zero_state.moments(zero_state.base_optimizer(self._engine), master) if with_moments else {}
+        return {MODEL + there: master.owner} | {moment_name(key, there): value for key, value in moments.items()}
+
+    def _scalars(self, names: list[str]) -> dict[str, dict[str, Any]]:
+        optimizer, found = zero_state.base_optimizer(self._engine), {}
+        for name in names:
+            master, logical = self._masters[name], self._logical[name]
+            if master.is_optimized and master.start == 0 and master.numel:
+                found[logical.name] = plain(zero_state.scalars(optimizer, master))
+        return found
+
+    def _hyper_parameters(self, groups: OptimizerGroups) -> list[dict[str, Any]]:
+        """Those of the optimizer, with names of parameters, by the groups that the user made."""
+        split, saved = zero_state.base_optimizer(self._engine).param_groups, []
+        for index, names in enumerate(groups.made):
+            group = split[groups.sources.index(index)] if index in groups.sources else {}
+            values = {key: value for key, value in group.items() if key not in _NOT_HYPER_PARAMETERS}
+            saved.append({"names": [self._logical[name].name for name in names], "values": values})
+        return saved
+
+    def _extra_state(self) -> dict[str, Any]:
+        """What the module's ``state_dict`` has that is neither parameter nor buffer, such as metrics' states."""
+        tensors = {name for name, _ in self._module.named_parameters(remove_duplicate=False)}
+        tensors |= {name for name, _ in self._module.named_buffers(remove_duplicate=False)}
+        return {name: value for name, value in self._module.state_dict().items() if name not in tensors}
+
+    # --------------------------------------------------------------------------------------- loading
+
+    def restore(self, saved: Checkpoint | LightningFile, strict: bool = True, with_frozen: bool = True) -> Restored:
+        """Puts a run back, from whatever layout it was saved in. Collective.
+
+        Args:
+            saved: The checkpoint.
+            strict: Refuses names that only the model or only the checkpoint has.
+            with_frozen: ``False`` where frozen parameters were left out when it was saved.
+
+        Raises:
+            CheckpointError: on every rank, when it is damaged or of another model.
+        """
+        left_out = set() if with_frozen else {n for n, p in self._parameters.items() if not p.requires_grad}
+        there = {name: logical for name, logical in self._logical.items() if name not in left_out}
+        buffers = {name: tuple(b.shape) for name, b in self._buffers.items()}
+        saved.verify(self._all_ranks)
+        both = set(saved.check(all_names(there, self._expert_groups) | buffers, strict))
+        run = saved.run()
+        groups = self._optimizer_groups if "optimizer_groups" in run else None
+
+        zero_state.before_filling(self._engine)
+        names = [name for name, logical in there.items() if logical.name in both]
+        if groups is not None:
+            self._make_moments(saved, names, run["scalars"])
+        self._fill(saved, names, both, with_moments=groups is not None)
+        if self._optimizer_groups is not None:
+            zero_state.after_filling(self._engine)
+        self._module.load_state_dict(run["extra_state"], strict=False)
+
+        kept, rank = run["lightning"], self._of_this_rank(saved.ranks())
+        if groups is not None:
+            self._set_hyper_parameters(run["optimizer_groups"], groups)
+            if "engine" in run:
+                zero_state.set_counters(self._engine, run["engine"])
+            kept["lr_schedulers"] = [with_split(state, groups.sources) for state in kept["lr_schedulers"]]
+            if "dataloaders" in rank:
+                kept["loops"]["fit_loop"]["combined_loader"] = rank["dataloaders"]
+        return Restored(kept, rank.get("rng"))
+
+    def _fill(self, saved: Checkpoint | LightningFile, names: list[str], both: set[str], with_moments: bool) -> None:
+        """Reads these parameters, and the buffers that the checkpoint has, into their places."""
+        targets = {
+            MODEL + n: (b, Piece(tuple(b.shape), 0, b.reshape(-1))) for n, b in self._buffers.items() if n in both
+        }
+        for name in names:
+            master, logical = self._masters[name], self._logical[name]
+            for key, tensor in self._tensors(name, with_moments).items():
+                piece = Piece(logical.shape, logical.start + master.start, master.part_of(tensor))
+                targets[key] = (tensor, piece)
+        saved.fill({key: piece for key, (_, piece) in targets.items()}, self._all_ranks)
+        for tensor, piece in targets.values():
+            if not tensor.is_contiguous():  # as in channels_last: what was filled is a copy
+                tensor.detach().copy_(piece.values_N.view(tensor.shape))
+
+    def _make_moments(
+        self, saved: Checkpoint | LightningFile, names: list[str], scalars: Mapping[str, dict[str, Any]]
+    ) -> None:
+        """Gives the optimizer, which makes its state in its first step, the state that is to be filled."""
+        wanted: list[tuple[Master, list[str], dict[str, Any]]] = []
+        for name in names:
+            master, logical = self._masters[name], self._logical[name]
+            if master.is_optimized and master.numel:
+                wanted.append((master, saved.moments_of(logical.name), scalars.get(logical.name, {})))
+        zero_state.make_state(zero_state.base_optimizer(self._engine), wanted)
+
+    def _set_hyper_parameters(self, saved: list[dict[str, Any]], groups: OptimizerGroups) -> None:
+        """Sets those of each group to what the group had that its first known parameter was in."""
+        by_name = {name: group["values"] for group in saved for name in group["names"]}
+        for group, source in zip(zero_state.base_optimizer(self._engine).param_groups, groups.sources, strict=True):
+            names = (self._logical[name].name for name in groups.made[source])
+            group.update(next((by_name[name] for name in names if name in by_name), {}))
+
+    def _of_this_rank(self, states: list[dict[str, Any]]) -> dict[str, Any]:
+        """What this rank had; of more ranks than there were, the further ones go on as the first do."""
+        return states[dist.get_rank() % len(states)]
