@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -23,9 +23,6 @@ from lightning_moe.engine import zero_state
 from lightning_moe.engine.param_groups import with_split, without_split
 from lightning_moe.engine.zero_state import Master
 from lightning_moe.parallel import ExpertGroups
-
-if TYPE_CHECKING:
-    from deepspeed import DeepSpeedEngine
 
 _NOT_HYPER_PARAMETERS = ("params", "param_names", "name", "moe")
 _LIBRARIES = ("lightning_moe", "torch", "lightning", "deepspeed")
@@ -87,7 +84,7 @@ class RunState:
     def __init__(
         self,
         module: nn.Module,
-        engine: DeepSpeedEngine,
+        engine: Any,
         expert_groups: ExpertGroups,
         optimizer_groups: OptimizerGroups | None,
         all_ranks: dist.ProcessGroup,
