@@ -189,7 +189,8 @@ class SumByToken:
 def _places(plan: Permutation, runs: list[Run]) -> Tensor:
     """Of the row of every assignment, [A, K]; beyond the last place where it has none."""
     num_rows, tiles = len(plan.assignment_R), [tile for run in runs for tile in run.tiles]
-    if all(tile.place == tile.start for tile in tiles):
+    # An assignment without a row has num_rows, which must be no place, not even one in the padding of the last tile.
+    if all(tile.place == tile.start and tile.padded == tile.size for tile in tiles):
         return plan.row_TK
     places = plan.row_TK.new_full((num_rows + 1,), num_rows + _ROW_MULTIPLE * len(tiles))
     for tile in tiles:

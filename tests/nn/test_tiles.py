@@ -36,6 +36,7 @@ CASES: dict[str, tuple[int, list[int], int, float | None, int | None]] = {
     "empty experts with gaps": (21, [1, 3], 2, None, 22),
     "one expert": (43, [2], 1, None, None),
     "whole tiles": (16, [0, 3], 2, None, None),
+    "one tile with padding, some dropped": (9, [1], 1, 0.6, None),
     "all dropped": (5, [0, 1], 2, 0.0, None),
     "all dropped with gaps": (5, [0, 1], 2, 0.0, 3),
     "no tokens": (0, [0, 1], 2, None, None),
