@@ -17,6 +17,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from typing_extensions import override
 
 from lightning_moe.callbacks import AuxLossCallback
+from lightning_moe.commands import checkpoint as checkpoint_command
 from lightning_moe.engine.deepspeed import prepare_import
 
 
@@ -43,7 +44,7 @@ class MoECLI(LightningCLI):
             subclass_mode_data=True,
             trainer_defaults={"strategy": strategy, **kwargs.pop("trainer_defaults", {})},
             save_config_kwargs={"overwrite": True, **kwargs.pop("save_config_kwargs", {})},
-            parser_kwargs={"description": "Train Mixture-of-Experts models with expert parallelism."},
+            parser_kwargs={"description": _DESCRIPTION},
             args=args,
             **kwargs,
         )
@@ -105,12 +106,19 @@ def _nulls_as_configs(args: Sequence[str]) -> list[str]:
     return said
 
 
+_DESCRIPTION = (
+    "Train Mixture-of-Experts models with expert parallelism. Checkpoints are looked into, verified and exported by "
+    "`lightning-moe checkpoint`: see `lightning-moe checkpoint --help`."
+)
 _NOISE = ("Expected a ", "Not a valid subclass of ")
 _BELOW_A_CLASS = r"--((?:model|data)(?:\.\w+){2,})"
 
 
 def main(args: ArgsType = None) -> None:
     """Entry point of ``lightning-moe``."""
+    given = sys.argv[1:] if args is None else args
+    if isinstance(given, list) and given[:1] == ["checkpoint"]:
+        sys.exit(checkpoint_command.main(given[1:]))
     # What Lightning 2.6 does on torch 2.13, and at which a user of the command can do nothing.
     warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec\).* is deprecated")
     MoECLI(args)

@@ -25,6 +25,7 @@ LEVELS = [
     {"checkpoint", "engine", "metrics"},
     {"models", "data", "strategies", "callbacks", "interop"},
     {"__init__"},
+    {"commands"},
     {"cli"},
 ]
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}

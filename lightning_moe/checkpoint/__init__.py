@@ -1,6 +1,7 @@
 """Checkpoints: one format, a folder, that does not depend on the layout of the run that saved it."""
 
 from lightning_moe.checkpoint.errors import CheckpointError
+from lightning_moe.checkpoint.exporting import export
 from lightning_moe.checkpoint.layout import CheckpointLayout, check_layout
 from lightning_moe.checkpoint.loading import Checkpoint, read_weights
 from lightning_moe.checkpoint.manifest import FORMAT_VERSION, Manifest, is_checkpoint
@@ -14,6 +15,7 @@ __all__ = [
     "Manifest",
     "MoECheckpointIO",
     "check_layout",
+    "export",
     "is_checkpoint",
     "read_weights",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,9 @@ def as_lightning(saved: Checkpoint) -> dict[str, Any]:
         first = len(state)
         for name in group["names"]:
             moments = {key: saved.tensor(moment_name(key, name)) for key in saved.moments_of(name)}
-            state[len(state)] = run["scalars"].get(name, {}) | moments
+            # A copy each: parameters that were optimized together share their count of steps, which torch counts up
+            # in place, once for each of them.
+            state[len(state)] = deepcopy(run["scalars"].get(name, {})) | moments
         groups.append({**group["values"], "params": list(range(first, len(state)))})
     # A parameter that was never trained has no entry in torch's state.
     whole["optimizer_states"] = [{"state": {i: s for i, s in state.items() if s}, "param_groups": groups}]

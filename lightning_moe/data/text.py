@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 from typing_extensions import override
 
 from lightning_moe.data.files import find_files, read_files
+from lightning_moe.data.resumable import ResumableDataLoader
 
 
 class TextWindows(Dataset[Tensor]):
@@ -186,7 +187,7 @@ class TextDataModule(L.LightningDataModule):
     def _loader(self, windows: TextWindows | None, **kwargs: Any) -> DataLoader[Tensor]:
         if windows is None:
             raise RuntimeError("TextDataModule has no text yet: call setup() first, or hand it to a Trainer.")
-        return DataLoader(
+        return ResumableDataLoader(
             windows,
             batch_size=self.batch_size,
             num_workers=self.num_workers,
