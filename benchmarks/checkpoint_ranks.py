@@ -43,11 +43,6 @@ class Layout:
     ep_size: int
     stage: int
 
-    @classmethod
-    def parse(cls, text: str) -> Layout:
-        """From ``2:2:1``: ranks, EP size, ZeRO stage."""
-        return cls(*(int(part) for part in text.split(":", 2)))
-
     def __str__(self) -> str:
         return f"{self.world} ranks, ep {self.ep_size}, ZeRO {self.stage}"
 

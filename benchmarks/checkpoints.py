@@ -16,7 +16,7 @@ afterwards, and the disk is idle before the next. Loads are of files in the page
 
 The two do not do the same. Ours waits for the disk (fsync), reads every file back for its checksum, and compares all
 checksums before it loads; DeepSpeed does none of it, so that a loss of power may take its checkpoint and a damaged
-file is loaded. It writes weights twice at ZeRO 0 to 2, once as the model and once as the optimizer's. Hence the rows
+file is loaded. It writes weights twice at ZeRO 1 and 2, once as the model and once as the optimizer's. Hence the rows
 
 * "save: ours, no fsync": the same with an os.fsync that does nothing;
 * "save: DeepSpeed, then fsync": its save and after it an fsync of all its files, which the ranks divide;
@@ -53,6 +53,7 @@ from pathlib import Path
 import torch
 from checkpoint_ranks import (
     DEEPSPEED,
+    EXPERTS,
     NO_FSYNC,
     OURS,
     Layout,
@@ -275,20 +276,37 @@ def check(found: Found, where: str, size: float, memory: float) -> list[str]:
     return problems
 
 
+def layout_of(text: str) -> Layout:
+    """What an argument says.
+
+    Raises:
+        argparse.ArgumentTypeError: it is not three numbers that go together.
+    """
+    try:
+        world, ep_size, stage = (int(part) for part in text.split(":"))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not ranks:expert_parallel_size:stage, as 4:2:1 is") from None
+    if min(world, ep_size) < 1 or world % ep_size or EXPERTS % ep_size or stage not in (1, 2, 3):
+        raise argparse.ArgumentTypeError(
+            f"{text!r}: expert_parallel_size must divide the ranks and {EXPERTS} experts, and the stage be 1, 2 or 3"
+        )
+    return Layout(world, ep_size, stage)
+
+
 def main() -> int:
     """Measures every layout and prints a table for each."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--layouts",
         nargs="+",
-        type=Layout.parse,
+        type=layout_of,
         default=[Layout(2, 2, 1), Layout(2, 2, 3), Layout(4, 2, 2)],
         metavar="R:E:Z",
         help="ranks, expert_parallel_size and ZeRO stage (2:2:1 2:2:3 4:2:2)",
     )
     parser.add_argument("--parameters", type=float, default=100e6, help="of all experts together, about (1e8)")
     parser.add_argument("--rounds", type=int, default=7, help="at least 5 for a result to quote (%(default)s)")
-    parser.add_argument("--folder", type=Path, help="write into it, such as one in memory; the system's for such files")
+    parser.add_argument("--folder", type=Path, help="where to write (where the system has temporary files)")
     args = parser.parse_args()
     show(header(torch.device("cpu")))
     problems: list[str] = []

@@ -58,7 +58,8 @@ def export(
 
     One file, ``model.safetensors``, if everything fits into it; otherwise ``model-00001-of-0000N.safetensors`` and the
     index that transformers and others find them by. No more than about one tensor is in memory at a time, and no file
-    appears under its name before all are on the disk.
+    appears under its name before all are on the disk. A parameter that the module has under several names is there
+    once, under the first of them.
 
     >>> from lightning_moe.checkpoint import export
     >>> export("last.ckpt", "exported", dtype=torch.bfloat16)  # doctest: +SKIP

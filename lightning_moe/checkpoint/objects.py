@@ -80,7 +80,9 @@ def check_readable(state: dict[str, Any], what: str) -> None:
 
 def write_objects(path: Path, state: Any) -> None:
     """Writes state into a file, through to the disk."""
-    torch.save(state, path)
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    path.write_bytes(buffer.getbuffer())  # torch's own writer hides why it could not write
     sync(path)
 
 

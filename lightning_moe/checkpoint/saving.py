@@ -82,15 +82,38 @@ def save(snapshot: Snapshot, path: Path, group: dist.ProcessGroup | None = None)
         CheckpointError: on every rank, whatever rank could not write; what was at ``path`` before is still there.
     """
     is_first = group is None or dist.get_rank(group) == 0
-    begun: tuple[Path | None, str] = (None, "")
+    writing = None
+    try:
+        writing = _begin(path, is_first, group)
+        _write(snapshot, path, writing, group)
+    except (CheckpointException, OSError, RuntimeError) as error:
+        if is_first and writing is not None:
+            directory.abandon(writing)
+        raise CheckpointError(
+            f"{path}: the checkpoint could not be saved ({reasons(error)}). What was there before is untouched. Free "
+            "space, or save elsewhere, for example by ModelCheckpoint(dirpath=...)."
+        ) from error
+
+
+def _begin(path: Path, is_first: bool, group: dist.ProcessGroup | None) -> Path:
+    """The folder to write into, on every rank; raises on every rank when the first one cannot make it."""
+    made: Any = None
     if is_first:
         try:
-            begun = (directory.begin(path), "")
+            made = directory.begin(path)
         except OSError as error:
-            begun = (None, _reason(error))
-    writing, problem = _broadcast(begun, group)
-    if writing is None:
-        raise CheckpointError(_failed(path, problem))
+            made = error
+    if group is not None:
+        box = [made]
+        dist.broadcast_object_list(box, group=group, group_src=0)
+        made = box[0]
+    if isinstance(made, OSError):
+        raise made
+    writing: Path = made
+    return writing
+
+
+def _write(snapshot: Snapshot, path: Path, writing: Path, group: dist.ProcessGroup | None) -> None:
     # The piece that begins a tensor is on one rank only.
     shapes = {name: p.shape for name, p in snapshot.pieces.items() if p.start == 0 and p.values_N.numel()}
     ranks = _gather(_FromRank(shapes, snapshot.scalars, snapshot.rank), group)
@@ -110,19 +133,14 @@ def save(snapshot: Snapshot, path: Path, group: dist.ProcessGroup | None = None)
         sync(Manifest(tensors, dict(sorted(files.items())), *described).write(writing))
         directory.commit(writing, path)
 
-    try:
-        with quiet():
-            dcp.save(
-                dict(snapshot.pieces),
-                storage_writer=SafetensorsWriter(writing, finish),
-                planner=SavePieces(),
-                process_group=group,
-                no_dist=group is None,
-            )
-    except (CheckpointException, OSError, RuntimeError) as error:
-        if is_first:
-            directory.abandon(writing)
-        raise CheckpointError(_failed(path, reasons(error))) from error
+    with quiet():
+        dcp.save(
+            dict(snapshot.pieces),
+            storage_writer=SafetensorsWriter(writing, finish),
+            planner=SavePieces(),
+            process_group=group,
+            no_dist=group is None,
+        )
 
 
 def reasons(error: BaseException) -> str:
@@ -138,21 +156,6 @@ def _reason(error: BaseException) -> str:
     if isinstance(error, OSError) and error.strerror:
         return error.strerror + (f": {error.filename}" if error.filename else "")
     return str(error).strip() or type(error).__name__
-
-
-def _failed(path: Path, why: str) -> str:
-    return (
-        f"{path}: the checkpoint could not be saved ({why}). What was there before is untouched. Free space, or save "
-        "elsewhere, for example by ModelCheckpoint(dirpath=...)."
-    )
-
-
-def _broadcast(value: Any, group: dist.ProcessGroup | None) -> Any:
-    if group is None:
-        return value
-    box = [value]
-    dist.broadcast_object_list(box, group=group, group_src=0)
-    return box[0]
 
 
 def _gather(value: _FromRank, group: dist.ProcessGroup | None) -> list[_FromRank]:

@@ -10,9 +10,11 @@ import json
 import os
 import warnings
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem
 from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
@@ -43,10 +45,16 @@ class SafetensorsWriter(StorageWriter):
     @override
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         results: list[WriteResult] = []
-        for index, items in enumerate(_files(plan.items)):
-            name = f"rank{plan.storage_data:05d}-{index:04d}{SUFFIX}"
-            stored = write_file(self._folder / name, items, planner)
-            results += [WriteResult(item.index, _bytes(item), (name, stored)) for item in items]
+        # While a file is made to reach the disk and read back for its checksum, the next one is written.
+        with ThreadPoolExecutor(2) as finishing:
+            files = []
+            for index, items in enumerate(_files(plan.items)):
+                path = self._folder / f"rank{plan.storage_data:05d}-{index:04d}{SUFFIX}"
+                write_file(path, items, planner)
+                files.append((path.name, items, finishing.submit(sync, path), finishing.submit(describe_file, path)))
+            for name, items, synced, described in files:
+                synced.result()
+                results += [WriteResult(item.index, _bytes(item), (name, described.result())) for item in items]
         future: Future[list[WriteResult]] = Future()
         future.set_result(results)
         return future
@@ -77,19 +85,23 @@ class SafetensorsWriter(StorageWriter):
         return "://" not in str(checkpoint_id)
 
 
-def write_file(path: Path, items: list[WriteItem], planner: SavePlanner) -> StoredFile:
-    """Writes some pieces into one file, through to the disk, and reads it back for its checksum."""
+def write_file(path: Path, items: list[WriteItem], planner: SavePlanner) -> None:
+    """Writes some pieces into one file."""
     from safetensors.torch import save_file
 
-    tensors, offsets = {}, {}
+    tensors: dict[str, Tensor] = {}
+    offsets = {}
+    places: set[int] = set()
     for item in items:
         assert item.tensor_data is not None
         data = planner.resolve_data(item)
-        tensors[item.index.fqn] = data.contiguous().cpu()  # type: ignore[union-attr]
+        assert isinstance(data, Tensor)
+        data = data.contiguous().cpu()
+        # safetensors refuses what shares memory; here it only means that a model has a tensor under two names.
+        tensors[item.index.fqn] = data.clone() if data.data_ptr() in places else data
+        places.add(data.data_ptr())
         offsets[item.index.fqn] = {"saved_offsets": list(item.tensor_data.chunk.offsets)}
     save_file(tensors, path, metadata={_OFFSETS: json.dumps(offsets), "format": "pt"})
-    sync(path)
-    return describe_file(path)
 
 
 def sync(path: Path) -> None:

@@ -103,4 +103,4 @@ def _data(source: Source) -> Any:
     """The bytes of a tensor, where they are in memory."""
     tensor = source.read().to(source.dtype)
     assert tensor.shape == source.shape, f"{source.name} is {list(tensor.shape)} and was to be {list(source.shape)}"
-    return tensor.contiguous().view(-1).view(torch.uint8).numpy().data
+    return tensor.reshape(-1).view(torch.uint8).numpy().data

@@ -157,15 +157,26 @@ def before_filling(engine: Any) -> None:
         engine.optimizer.checkpoint_event_prologue()
 
 
-def after_filling(engine: Any) -> None:
-    """Makes the weights what the masters, which were filled, say. Collective."""
+def keeps_whole_weights(engine: Any) -> bool:
+    """Whether every rank has the whole weights that it computes with beside its part of the masters: ZeRO 1 and 2."""
+    return hasattr(engine.optimizer, "update_lp_params")
+
+
+def after_filling(engine: Any, weights_too: bool = False) -> None:
+    """Makes the weights what the masters, which were filled, say. Collective.
+
+    Args:
+        engine: DeepSpeed's.
+        weights_too: The weights that :func:`keeps_whole_weights` speaks of were filled as well.
+    """
     optimizer = engine.optimizer
     if hasattr(optimizer, "fp32_partitioned_groups_flat"):
         for index in range(len(optimizer.fp16_groups)):
             optimizer._reassign_or_swap_out_partitioned_parameters(index)
         optimizer.checkpoint_event_epilogue()
-    elif hasattr(optimizer, "update_lp_params"):
-        optimizer.update_lp_params()
+    elif keeps_whole_weights(engine):
+        if not weights_too:
+            optimizer.update_lp_params()
     else:
         for parameter, master in _masters(optimizer):
             if master.owner is not parameter:

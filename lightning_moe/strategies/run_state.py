@@ -209,7 +209,7 @@ class RunState:
             self._make_moments(saved, names, run["scalars"])
         self._fill(saved, names, both, with_moments=groups is not None)
         if self._optimizer_groups is not None:
-            zero_state.after_filling(self._engine)
+            zero_state.after_filling(self._engine, weights_too=self._fill_weights(saved, names))
         self._module.load_state_dict(run["extra_state"], strict=False)
 
         kept, rank = run["lightning"], self._of_this_rank(saved.ranks())

@@ -105,9 +105,11 @@ def test_every_type_that_safetensors_has(tmp_path: Path) -> None:
     assert_equal(read(tmp_path / "out"), model)
 
 
-def test_the_file_is_laid_out_as_the_format_says(tmp_path: Path) -> None:
+@pytest.mark.parametrize("length_of_name", [1, 2])
+def test_the_file_is_laid_out_as_the_format_says(length_of_name: int, tmp_path: Path) -> None:
     """Strict readers refuse holes, and read in place only what begins at a multiple of the size of its elements."""
-    export(saved(tmp_path / "a.ckpt", tensors()), tmp_path / "out")
+    model = tensors() | {"x" * length_of_name: torch.ones(1)}  # two headers, of which one at least is to be padded
+    export(saved(tmp_path / "a.ckpt", model), tmp_path / "out")
     content = (tmp_path / "out" / "model.safetensors").read_bytes()
     (length,) = struct.unpack("<Q", content[:8])
     assert length % 8 == 0
