@@ -82,7 +82,7 @@ def test_inspect(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
   saved in    8 ranks, expert_parallel_size 4, ZeRO stage 2, precision bf16-mixed
   step        12,345
   epoch       2
-  parameters  424, buffers included; 420 of them optimized
+  parameters  424; 420 of them optimized
 
 Weights
   name              shape       dtype      size
@@ -160,7 +160,7 @@ def test_inspect_weights_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str
     save(Snapshot({"model/w": Piece((2,), 0, torch.ones(2))}, run={"extra_state": {}}), tmp_path / "weights.ckpt")
     code, out, _ = run(capsys, "inspect", tmp_path / "weights.ckpt")
     assert code == 0
-    assert "  parameters  2, buffers included\n" in out
+    assert "  parameters  2\n" in out
     assert "  saved in    1 rank," in out
     assert "1 tensor, 8 B\n\nFiles\n" in out
 
@@ -201,15 +201,6 @@ def test_verify_names_every_damaged_file(path: Path, capsys: pytest.CaptureFixtu
     first, second = err.splitlines()
     assert first.startswith(f"{path / 'rank00000-0000.safetensors'}: its checksum is another")
     assert second.startswith(f"{path / 'ranks.pt'}: it is missing")
-
-
-def test_verify_finds_a_file_that_would_be_read_too(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (path / "rank00007-0000.safetensors").write_bytes((path / "rank00000-0000.safetensors").read_bytes())
-    code, out, err = run(capsys, "verify", path)
-    assert (code, out) == (1, "")
-    assert err == (
-        f"{path / 'rank00007-0000.safetensors'}: is not of this checkpoint, and would be read with it. Remove it.\n"
-    )
 
 
 def test_verify_damaged_manifest(path: Path, capsys: pytest.CaptureFixture[str]) -> None:

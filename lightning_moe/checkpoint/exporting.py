@@ -16,11 +16,10 @@ from torch import Tensor
 from lightning_moe.checkpoint import directory
 from lightning_moe.checkpoint.errors import CheckpointError
 from lightning_moe.checkpoint.loading import MODEL, Checkpoint
-from lightning_moe.checkpoint.manifest import is_checkpoint
+from lightning_moe.checkpoint.manifest import OnProgress, is_checkpoint, problems
 from lightning_moe.checkpoint.saving import reasons
 from lightning_moe.checkpoint.storage import sync
 from lightning_moe.checkpoint.stream import NAMES, Source, write_stream
-from lightning_moe.checkpoint.verifying import OnProgress, problems
 
 SHARD_BYTES = 5 * 10**9
 _SINGLE = "model.safetensors"
@@ -90,7 +89,7 @@ def export(
     output = Path(output)
     checkpoint = Checkpoint(path)
     _check_free(output, overwrite)
-    if found := problems(checkpoint, on_progress):
+    if found := problems(checkpoint.path, checkpoint.manifest.files, on_progress):
         raise CheckpointError("\n".join(found))
     sources, left_out = _sources(checkpoint, dtype)
     files = _named(_shards(sources, max_shard_bytes))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import os
+from collections.abc import Collection, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,12 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystem
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+from typing_extensions import override
 
 from lightning_moe.checkpoint.errors import CheckpointError
-from lightning_moe.checkpoint.manifest import Manifest, damage, read_manifest
+from lightning_moe.checkpoint.manifest import Manifest, problems, read_manifest
 from lightning_moe.checkpoint.objects import read_objects
 from lightning_moe.checkpoint.pieces import LoadPieces, Pieces
 from lightning_moe.checkpoint.saving import RANKS_FILE, RUN_FILE, reasons
@@ -56,8 +59,7 @@ class Checkpoint:
             CheckpointError: on every rank, naming each file that is damaged or missing.
         """
         rank, world = (0, 1) if group is None else (dist.get_rank(group), dist.get_world_size(group))
-        mine = list(self.manifest.files.items())[rank::world]
-        found = [problem for name, stored in mine if (problem := damage(self.path, name, stored))]
+        found = problems(self.path, dict(list(self.manifest.files.items())[rank::world]))
         if group is not None:
             of_ranks: list[list[str]] = [[] for _ in range(world)]
             dist.all_gather_object(of_ranks, found, group=group)
@@ -91,7 +93,7 @@ class Checkpoint:
             with quiet():
                 dcp.load(
                     dict(pieces),
-                    storage_reader=HuggingFaceStorageReader(str(self.path)),
+                    storage_reader=_Reader(self),
                     planner=LoadPieces(),
                     process_group=group,
                     no_dist=group is None,
@@ -114,6 +116,13 @@ class Checkpoint:
             filled += part.numel()
         assert filled == flat_N.numel(), f"{self.path}: {name} has {filled} of {flat_N.numel()} elements"
         return whole
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that ``load_state_dict`` of the module takes, with whole tensors."""
+        run = self.run()
+        state = {name: self.tensor(MODEL + name) for name in self.names(MODEL)}
+        tied = {name: state[first] for name, first in run.get("tied", {}).items() if first in state}
+        return state | tied | run.get("extra_state", {})
 
     def names(self, prefix: str) -> list[str]:
         """Names under a prefix, without it."""
@@ -153,10 +162,27 @@ class Checkpoint:
     def _parts(self) -> Mapping[str, list[tuple[Path, int]]]:
         """For every name, the files that have a part of it, and where that part begins."""
         parts: dict[str, list[tuple[Path, int]]] = {}
-        metadata = HuggingFaceStorageReader(str(self.path)).read_metadata()
+        metadata = _Reader(self).read_metadata()
         for index, where in (metadata.storage_data or {}).items():
             parts.setdefault(index.fqn, []).append((Path(where.relative_path), index.offset[0]))
         return parts
+
+
+class _Reader(HuggingFaceStorageReader):
+    """Reads the files that the manifest names, and no other that has come into the folder."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        super().__init__(str(checkpoint.path))
+        self.fs = _Listed(checkpoint.manifest.files)
+
+
+class _Listed(FileSystem):
+    def __init__(self, names: Collection[str]) -> None:
+        self._names = names
+
+    @override
+    def ls(self, path: str | os.PathLike[str]) -> list[str]:
+        return [str(Path(path) / name) for name in self._names]
 
 
 def names_in_both(
@@ -199,5 +225,4 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     """
     checkpoint = Checkpoint(path)
     checkpoint.verify()
-    state = {name: checkpoint.tensor(MODEL + name) for name in checkpoint.names(MODEL)}
-    return state | checkpoint.run().get("extra_state", {})
+    return checkpoint.state_dict()

@@ -57,8 +57,21 @@ def logical_parameters(module: nn.Module, groups: ExpertGroups) -> dict[str, Log
             replica, replicas = edp_rank, edp_size
         elif is_expert_parameter(parameter):
             there, replica, replicas = _renumbered(name, module, groups), edp_rank, edp_size
+        if not math.prod(shape):
+            continue  # there is nothing of it
         found[name] = Logical(there, shape, start, replica, replicas)
     return found
+
+
+def tied_names(module: nn.Module) -> dict[str, str]:
+    """For every further name of a parameter or buffer, the first one."""
+    first: dict[int, str] = {}
+    tied = {}
+    named = (*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False))
+    for name, tensor in named:
+        if first.setdefault(id(tensor), name) != name:
+            tied[name] = first[id(tensor)]
+    return tied
 
 
 def all_names(logical: Mapping[str, Logical], groups: ExpertGroups) -> dict[str, tuple[int, ...]]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import zlib
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,9 @@ FORMAT_VERSION = 1
 """Raised when an older lightning_moe could misread what is written now. Every version up to it stays readable."""
 
 _BLOCK = 1 << 22
+
+OnProgress = Callable[[str, int, int], None]
+"""Called with what is being done, and with how many bytes of how many are done."""
 
 
 @dataclass(frozen=True)
@@ -109,7 +113,7 @@ def read_manifest(folder: Path) -> Manifest:
         content: dict[str, Any] = json.loads(path.read_text())
         crc32 = content.pop("crc32")
         version = int(content["format_version"])
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise CheckpointError(missing(folder)) from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(_damaged(path, f"it cannot be read ({type(error).__name__}: {error})")) from error
@@ -157,8 +161,37 @@ def damage(folder: Path, name: str, stored: StoredFile) -> str | None:
     return None
 
 
+def problems(folder: Path, files: Mapping[str, StoredFile], on_progress: OnProgress | None = None) -> list[str]:
+    """What is wrong with some files of a checkpoint.
+
+    Args:
+        folder: Of the checkpoint.
+        files: As they were written.
+        on_progress: Called before the first file and after each.
+
+    Returns:
+        A message for every file that is missing or that has changed.
+    """
+    report = on_progress or (lambda what, done, total: None)
+    done, total = 0, sum(stored.size for stored in files.values())
+    report("verifying", done, total)
+    found = []
+    for name, stored in files.items():
+        problem = damage(folder, name, stored)
+        if problem is not None:
+            found.append(problem)
+        done += stored.size
+        report("verifying", done, total)
+    return found
+
+
 def missing(folder: Path) -> str:
     """Why a path is no checkpoint, and which ones beside it are."""
+    if folder.is_file():
+        return (
+            f"{folder}: is a file, and a checkpoint of ExpertParallelStrategy is a folder with a {FILE_NAME}. Give the "
+            "path of that folder; a file that Lightning saved is taken by trainer.fit(ckpt_path=...) alone."
+        )
     beside = sorted(str(path) for path in folder.parent.glob("*") if is_checkpoint(path))
     why = f"has no {FILE_NAME}, which is written last" if folder.is_dir() else "does not exist"
     remedy = f"Whole checkpoints beside it: {', '.join(beside[-5:])}." if beside else "There is no other beside it."

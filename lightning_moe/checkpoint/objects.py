@@ -98,6 +98,8 @@ def read_objects(path: Path, mapped: bool = False) -> Any:
     """
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+    except (RuntimeError, EOFError, OSError) as error:
+        raise CheckpointError(f"{path}: cannot be read ({str(error).splitlines()[0]}). It may be damaged.") from error
     except pickle.UnpicklingError as error:
         raise CheckpointError(
             f"{path}: cannot be read without executing code from it, which is not done ({str(error).splitlines()[0]}). "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -45,7 +45,7 @@ def as_lightning(saved: Checkpoint) -> dict[str, Any]:
     saved.verify()
     run = saved.run()
     whole = dict(run["lightning"])
-    whole["state_dict"] = {name: saved.tensor(MODEL + name) for name in saved.names(MODEL)} | run["extra_state"]
+    whole["state_dict"] = saved.state_dict()
     if "optimizer_groups" not in run:
         return whole
     state: dict[int, dict[str, Any]] = {}
@@ -69,17 +69,18 @@ class LightningFile:
     Args:
         path: Of the file.
         made: Names of the parameters of each of the optimizer's groups, as the user makes them; the file has numbers.
+        tied: Further names of tensors that the model has under several.
 
     Raises:
         CheckpointError: it cannot be read without executing code from it.
     """
 
-    def __init__(self, path: Path, made: list[list[str]]) -> None:
+    def __init__(self, path: Path, made: list[list[str]], tied: Collection[str]) -> None:
         self.path = path
         self._content: dict[str, Any] = read_objects(path, mapped=True)
         self._made = made
         state_dict = self._content.get("state_dict", {})
-        self._weights = {name: value for name, value in state_dict.items() if isinstance(value, Tensor)}
+        self._weights = {n: value for n, value in state_dict.items() if isinstance(value, Tensor) and n not in tied}
         self._extra = {name: value for name, value in state_dict.items() if not isinstance(value, Tensor)}
         self._state = self._optimizer_state()
 

@@ -9,6 +9,7 @@ import contextlib
 import json
 import os
 import warnings
+from bisect import bisect
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -91,17 +92,28 @@ def write_file(path: Path, items: list[WriteItem], planner: SavePlanner) -> None
 
     tensors: dict[str, Tensor] = {}
     offsets = {}
-    places: set[int] = set()
+    memory: dict[int, list[tuple[int, int]]] = {}
     for item in items:
         assert item.tensor_data is not None
         data = planner.resolve_data(item)
         assert isinstance(data, Tensor)
         data = data.contiguous().cpu()
-        # safetensors refuses what shares memory; here it only means that a model has a tensor under two names.
-        tensors[item.index.fqn] = data.clone() if data.data_ptr() in places else data
-        places.add(data.data_ptr())
+        # safetensors refuses tensors that overlap, such as a buffer and a view of it.
+        tensors[item.index.fqn] = data if _take(memory, data) else data.clone()
         offsets[item.index.fqn] = {"saved_offsets": list(item.tensor_data.chunk.offsets)}
     save_file(tensors, path, metadata={_OFFSETS: json.dumps(offsets), "format": "pt"})
+
+
+def _take(memory: dict[int, list[tuple[int, int]]], tensor: Tensor) -> bool:
+    """Notes the memory of a tensor, by storage; ``False`` if some of it is taken."""
+    begin = tensor.data_ptr()
+    end = begin + tensor.nbytes
+    taken = memory.setdefault(tensor.untyped_storage().data_ptr(), [])
+    place = bisect(taken, (begin, end))
+    if (place and taken[place - 1][1] > begin) or (place < len(taken) and taken[place][0] < end):
+        return False
+    taken.insert(place, (begin, end))
+    return True
 
 
 def sync(path: Path) -> None:

@@ -7,7 +7,6 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,8 +16,7 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 
 from lightning_moe.checkpoint import Checkpoint, CheckpointError, export
 from lightning_moe.checkpoint.exporting import SHARD_BYTES
-from lightning_moe.checkpoint.manifest import FILE_NAME
-from lightning_moe.checkpoint.verifying import OnProgress, problems
+from lightning_moe.checkpoint.manifest import FILE_NAME, OnProgress, problems
 from lightning_moe.commands.description import as_text, count, describe, size_text
 
 _DTYPES = {"stored": None, "fp32": torch.float32, "bf16": torch.bfloat16}
@@ -101,7 +99,7 @@ def _add_path(parser: ArgumentParser) -> None:
 
 
 def _inspect(given: Any) -> int:
-    description = describe(_opened(given.path))
+    description = describe(Checkpoint(given.path))
     if given.json:
         sys.stdout.write(json.dumps(description, indent=2) + "\n")
     else:
@@ -110,9 +108,9 @@ def _inspect(given: Any) -> int:
 
 
 def _verify(given: Any) -> int:
-    checkpoint = _opened(given.path)
+    checkpoint = Checkpoint(given.path)
     with _progress() as show:
-        found = problems(checkpoint, show)
+        found = problems(checkpoint.path, checkpoint.manifest.files, show)
     if found:
         sys.stderr.write("".join(f"{problem}\n" for problem in found))
         return 1
@@ -124,7 +122,6 @@ def _verify(given: Any) -> int:
 
 
 def _export(given: Any) -> int:
-    _opened(given.path)
     with _progress() as show:
         done = export(
             given.path,
@@ -144,15 +141,6 @@ def _export(given: Any) -> int:
 
 
 _COMMANDS: dict[str, Callable[[Any], int]] = {"inspect": _inspect, "verify": _verify, "export": _export}
-
-
-def _opened(path: str) -> Checkpoint:
-    if Path(path).is_file():
-        raise CheckpointError(
-            f"{path}: is a file, and a checkpoint of ExpertParallelStrategy is a folder with a {FILE_NAME}. Give the "
-            "path of that folder; a file that Lightning saved can be read with torch.load."
-        )
-    return Checkpoint(path)
 
 
 @contextmanager

@@ -29,6 +29,7 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
     manifest = checkpoint.manifest
     run = _run(checkpoint)
     weights = [_tensor(name, manifest.tensors[MODEL + name]) for name in checkpoint.names(MODEL)]
+    buffers = set(run.get("buffers", ()))
     moments = []
     for full_name in checkpoint.names(OPTIMIZER):
         state, _, name = full_name.partition("/")
@@ -49,7 +50,7 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
             "stage": manifest.layout.stage,
             "precision": manifest.layout.precision,
         },
-        "num_parameters": sum(math.prod(weight["shape"]) for weight in weights),
+        "num_parameters": sum(math.prod(weight["shape"]) for weight in weights if weight["name"] not in buffers),
         "num_optimized": sum(math.prod(weight["shape"]) for weight in weights if weight["name"] in optimized),
         "weights": weights,
         "moments": moments,
@@ -134,7 +135,7 @@ def _head(description: Mapping[str, Any]) -> list[str]:
         f"ZeRO stage {layout['stage']}",
         f"precision {layout['precision']}",
     ]
-    parameters = f"{description['num_parameters']:,}, buffers included"
+    parameters = f"{description['num_parameters']:,}"
     if description["num_optimized"]:
         parameters += f"; {description['num_optimized']:,} of them optimized"
     rows = [

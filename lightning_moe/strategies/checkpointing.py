@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_moe.checkpoint import Checkpoint, CheckpointError, CheckpointLayout, check_layout, is_checkpoint
+from lightning_moe.checkpoint.logical import tied_names
 from lightning_moe.checkpoint.manifest import SavedLayout
 from lightning_moe.checkpoint.saving import Snapshot
 from lightning_moe.checkpoint.single import LightningFile
@@ -93,7 +94,7 @@ class CheckpointingStrategy(DeepSpeedStrategy):
             return self._load_deepspeed_checkpoint(path, weights_only)
         assert self.lightning_module is not None
         made = self.optimizer_groups.made if self.optimizer_groups is not None else []
-        saved = LightningFile(path, made) if path.is_file() else Checkpoint(path)
+        saved = LightningFile(path, made, tied_names(self.lightning_module)) if path.is_file() else Checkpoint(path)
         strict, with_frozen = self.lightning_module.strict_loading, not self.exclude_frozen_parameters
         restored = self._run_state().restore(saved, strict, with_frozen)
         trainer = self.lightning_module.trainer

@@ -91,6 +91,35 @@ def test_every_damaged_file_is_named(saved: Path) -> None:
     ]
 
 
+def test_a_file_of_another_checkpoint_is_not_read(saved: Path) -> None:
+    other = make(saved.with_name("b.ckpt"), 5.0)
+    shutil.copy(other / "rank00000-0000.safetensors", saved / "rank00001-0000.safetensors")
+    assert float(read_weights(saved)["w"].mean()) == 1.0
+    values_N = torch.zeros(1000)
+    Checkpoint(saved).fill({"model/w": Piece((100, 10), 0, values_N)})
+    assert float(values_N.mean()) == 1.0
+
+
+def test_a_file_of_lightnings_is_no_folder(tmp_path: Path) -> None:
+    torch.save({}, tmp_path / "one.ckpt")
+    assert refused(tmp_path / "one.ckpt").startswith(f"{tmp_path}/one.ckpt: is a file, and a checkpoint of ")
+
+
+def test_a_state_that_was_not_verified_is_refused_in_words(saved: Path) -> None:
+    os.truncate(saved / "run.pt", 100)
+    with pytest.raises(CheckpointError, match=r"run\.pt: cannot be read \("):
+        Checkpoint(saved).run()
+
+
+def test_tensors_that_overlap_are_saved(tmp_path: Path) -> None:
+    flat = torch.arange(30.0)
+    places = {"a": (0, 20), "b": (20, 30), "view": (5, 25), "again": (0, 20)}
+    save(Snapshot({f"model/{n}": Piece((j - i,), 0, flat[i:j]) for n, (i, j) in places.items()}), tmp_path / "a.ckpt")
+    assert {n: w.tolist() for n, w in read_weights(tmp_path / "a.ckpt").items()} == {
+        n: flat[i:j].tolist() for n, (i, j) in places.items()
+    }
+
+
 def test_no_manifest_is_no_checkpoint(saved: Path) -> None:
     whole = make(saved.with_name("b.ckpt"))
     (saved / FILE_NAME).unlink()
@@ -279,6 +308,7 @@ def test_stored_checkpoints_of_every_version_load(version: str, tmp_path: Path) 
     weights = read_weights(path)
     assert torch.equal(weights["experts.w1"], torch.arange(24.0).view(4, 3, 2))
     assert torch.equal(weights["bias"], torch.tensor([1.5, -2.0], dtype=torch.bfloat16))
+    assert torch.equal(weights["bias_again"], weights["bias"])
     assert torch.equal(saved.tensor("optimizer/exp_avg/experts.w1"), torch.arange(24.0).view(4, 3, 2) / 8)
     run = saved.run()
     assert run["scalars"] == {"experts.w1": {"step": torch.tensor(7.0)}}

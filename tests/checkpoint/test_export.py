@@ -237,14 +237,6 @@ def test_a_damaged_checkpoint_is_not_exported(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
-def test_a_file_of_another_checkpoint_is_not_exported(tmp_path: Path) -> None:
-    path = saved(tmp_path / "a.ckpt", {"w": torch.zeros(2)})
-    other = saved(tmp_path / "b.ckpt", {"w": torch.ones(2)}) / "rank00000-0000.safetensors"
-    (path / "rank00001-0000.safetensors").write_bytes(other.read_bytes())
-    with pytest.raises(CheckpointError, match=r"rank00001-0000\.safetensors: is not of this checkpoint"):
-        export(path, tmp_path / "out")
-
-
 def failing(after: int) -> Callable[[Checkpoint, str], Tensor]:
     """Reads some tensors; then the disk is full."""
     tensor, asked = Checkpoint.tensor, iter(range(100))
