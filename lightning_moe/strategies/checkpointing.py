@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import DeepSpeedStrategy
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities import rank_zero_info
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 from torch.optim import Optimizer
 from typing_extensions import override
 
@@ -21,6 +21,7 @@ from lightning_moe.checkpoint.saving import Snapshot
 from lightning_moe.checkpoint.single import LightningFile
 from lightning_moe.engine import deepspeed as engine
 from lightning_moe.parallel import ExpertGroups
+from lightning_moe.strategies.preemption import Preemption
 from lightning_moe.strategies.progress import before_epoch_end, is_within_epoch
 from lightning_moe.strategies.run_state import OptimizerGroups, RunState, set_rng_states
 from lightning_moe.strategies.writer import CheckpointWriter, OnSaveError
@@ -79,6 +80,13 @@ class CheckpointingStrategy(DeepSpeedStrategy):
         def snapshot() -> Snapshot:
             return self._run_state().snapshot(checkpoint, saved_layout, not self.exclude_frozen_parameters)
 
+        assert self.lightning_module is not None
+        trainer = self.lightning_module.trainer
+        if trainer.training and trainer.fit_loop._should_accumulate():
+            rank_zero_warn(
+                f"{path}: is saved between two optimizer steps, and a checkpoint has no gradients: those of the "
+                "micro-batches since the last step are not in it. Save after a step, as ModelCheckpoint does."
+            )
         self._writer.write(snapshot, path)
 
     @override
@@ -144,6 +152,34 @@ class CheckpointingStrategy(DeepSpeedStrategy):
             set_rng_states(self._resumed_rng)
             self._resumed_rng = None
         super().on_train_batch_start(batch, batch_idx)
+
+    @override
+    def setup(self, trainer: L.Trainer) -> None:
+        callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        if trainer.state.fn == TrainerFn.FITTING and not any(isinstance(c, Preemption) for c in callbacks):
+            callbacks.append(Preemption())
+        super().setup(trainer)
+
+    @override
+    def on_exception(self, exception: BaseException) -> None:
+        super().on_exception(exception)
+        assert self.lightning_module is not None
+        trainer = self.lightning_module.trainer
+        if isinstance(exception, SIGTERMException) and trainer.state.fn == TrainerFn.FITTING:
+            self._save_last(trainer)
+
+    def _save_last(self, trainer: L.Trainer) -> None:
+        """Saves where ``ckpt_path="last"`` looks, unless a callback has saved since the last step."""
+        callback = trainer.checkpoint_callback
+        if not isinstance(callback, ModelCheckpoint) or callback.dirpath is None:
+            rank_zero_info("No checkpoint is saved: the Trainer has no ModelCheckpoint.")
+        elif trainer.global_step not in (
+            getattr(c, "_last_global_step_saved", -1) for c in trainer.checkpoint_callbacks
+        ):
+            path = Path(callback.dirpath) / f"{callback.CHECKPOINT_NAME_LAST}{callback.FILE_EXTENSION}"
+            trainer.save_checkpoint(path)
+            rank_zero_info(f'Saved {path}, from which ckpt_path="last" continues.')
+        self._writer.wait()
 
     @override
     def on_train_end(self) -> None:
