@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from lightning_moe.cli import MoECLI
+from lightning_moe.commands.checkpoint import checkpoint_parser
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
 COMMANDS = [line for line in README.splitlines() if line.startswith("lightning-moe ")]
@@ -19,7 +20,12 @@ def blocks(language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", README, re.S)
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", [command for command in COMMANDS if command.split()[1] == "checkpoint"])
+def test_commands_on_checkpoints_parse(command: str) -> None:
+    assert checkpoint_parser().parse_args(shlex.split(command)[2:]).action in command
+
+
+@pytest.mark.parametrize("command", [command for command in COMMANDS if command.split()[1] != "checkpoint"])
 def test_commands_parse(
     command: str, project_root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -34,7 +34,7 @@ def main(args: Sequence[str]) -> int:
     Raises:
         SystemExit: with 2 after wrong arguments, with 0 after ``--help``.
     """
-    given = _parser().parse_args(list(args))
+    given = checkpoint_parser().parse_args(list(args))
     try:
         code = _COMMANDS[given.action](given[given.action])
         sys.stdout.flush()
@@ -48,7 +48,8 @@ def main(args: Sequence[str]) -> int:
     return code
 
 
-def _parser() -> ArgumentParser:
+def checkpoint_parser() -> ArgumentParser:
+    """Of what follows ``lightning-moe checkpoint``."""
     parser = ArgumentParser(
         prog="lightning-moe checkpoint",
         description="Look into a checkpoint that ExpertParallelStrategy saved, verify it, or export its weights.",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +13,7 @@ import torch.distributed as dist
 from lightning.fabric.utilities.seed import _collect_rng_states, _set_rng_states
 from torch import Tensor, nn
 
+from lightning_moe.checkpoint.errors import CheckpointError
 from lightning_moe.checkpoint.loading import MODEL, Checkpoint, moment_name
 from lightning_moe.checkpoint.logical import all_names, logical_parameters, tied_names
 from lightning_moe.checkpoint.manifest import SavedLayout
@@ -170,7 +172,22 @@ class RunState:
             master, logical = self._masters[name], self._logical[name]
             if master.is_optimized and master.start == 0 and master.numel:
                 found[logical.name] = plain(zero_state.scalars(optimizer, master))
+                self._check_scalars(name, found[logical.name])
         return found
+
+    def _check_scalars(self, name: str, scalars: Mapping[str, Any]) -> None:
+        """Refuses state of several elements that are not the parameter's, where a rank has a part of the parameter."""
+        master, logical = self._masters[name], self._logical[name]
+        if not master.is_partition and self._parameters[name].numel() == math.prod(logical.shape):
+            return
+        for key, value in scalars.items():
+            if isinstance(value, Tensor) and value.numel() > 1:
+                kind = type(zero_state.base_optimizer(self._engine)).__name__
+                raise CheckpointError(
+                    f"{kind} keeps {key!r} of shape {list(value.shape)} for {name}, which is neither one value for "
+                    "each of its elements nor one for all, so that it belongs to this layout. Use an optimizer that "
+                    "works element by element, such as AdamW, or stage=0 with expert_parallel_size=1."
+                )
 
     def _hyper_parameters(self, groups: OptimizerGroups) -> list[dict[str, Any]]:
         """Those of the optimizer, with names of parameters, by the groups that the user made."""
@@ -266,7 +283,9 @@ class RunState:
         for name in names:
             master, logical = self._masters[name], self._logical[name]
             if master.is_optimized and master.numel:
-                wanted.append((master, saved.moments_of(logical.name), scalars.get(logical.name, {})))
+                entries = scalars.get(logical.name, {})
+                self._check_scalars(name, entries)
+                wanted.append((master, saved.moments_of(logical.name), entries))
         zero_state.make_state(zero_state.base_optimizer(self._engine), wanted)
 
     def _set_hyper_parameters(self, saved: list[dict[str, Any]], groups: OptimizerGroups) -> None:

@@ -18,6 +18,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.strategies import DeepSpeedStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 from torch import Tensor, nn
@@ -182,6 +183,33 @@ def test_a_save_between_two_steps_is_warned_of(get_pool: Any, tmp_path: Path) ->
     assert [len(said) for said in get_pool(2).run(between_steps, str(tmp_path))] == [1, 0]
 
 
+def factored(folder: str, ep_size: int) -> str:
+    """Adafactor keeps a sum for each row and column of a matrix."""
+    trainer = trainer_of(ep_size=ep_size, stage=0, max_steps=4, callbacks=[Step(lambda t: t.save_checkpoint(path), 4)])
+    path = str(Path(folder) / "a.ckpt")
+    model = Recording(optimizer=lambda groups, lr: torch.optim.Adafactor(groups, lr=lr))
+    try:
+        trainer.fit(model, of_rank(2))
+    except CheckpointError as error:
+        return str(error)
+    trainer_of(ep_size=ep_size, stage=0, max_steps=7).fit(
+        resumed := Recording(optimizer=lambda groups, lr: torch.optim.Adafactor(groups, lr=lr)),
+        of_rank(2),
+        ckpt_path=path,
+    )
+    trainer_of(ep_size=ep_size, stage=0, max_steps=7).fit(
+        whole := Recording(optimizer=lambda groups, lr: torch.optim.Adafactor(groups, lr=lr)), of_rank(2)
+    )
+    return "same" if whole.losses[4:] == resumed.losses else "another"
+
+
+def test_state_that_belongs_to_a_layout_is_refused(get_pool: Any, tmp_path: Path) -> None:
+    assert get_pool(2).run(factored, str(tmp_path), 1) == ["same"] * 2
+    said = get_pool(2).run(factored, str(tmp_path), 2)
+    assert said[0] == said[1]
+    assert "Adafactor keeps 'row_var' of shape [2, 24, 1] for blocks.0.experts.w1" in said[0]
+
+
 # ---------------------------------------------------------------------------------- in the background
 
 
@@ -295,6 +323,42 @@ def test_sigterm_on_any_rank_saves_and_ends_all(
     assert ranks[0]["left"] == [left]
     assert ranks[0]["code"] == SIGTERMException().code
     assert ranks[0]["same"]
+
+
+def requeued(folder: str) -> dict[str, Any]:
+    """SLURM's signal comes to one rank in the middle of a step."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    slurm = {"PROCID": rank, "LOCALID": rank, "NODEID": 0, "NTASKS": world, "NTASKS_PER_NODE": world, "JOB_ID": 17}
+    os.environ.update({f"SLURM_{name}": str(value) for name, value in slurm.items()})
+    scontrol = Path(folder) / "bin" / "scontrol"
+    if rank == 0:
+        scontrol.parent.mkdir()
+        scontrol.write_text(f'#!/bin/sh\necho "$@" > {folder}/said')
+        scontrol.chmod(0o755)
+    dist.barrier()
+    os.environ["PATH"] = f"{scontrol.parent}:{os.environ['PATH']}"
+
+    class Signalled(Recording):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            loss = super().training_step(batch, batch_idx)
+            if len(self.losses) == 2 and dist.get_rank() == 1:
+                os.kill(os.getpid(), signal.SIGUSR1)
+            return loss
+
+    plugins = [SLURMEnvironment(auto_requeue=True)]
+    common: dict[str, Any] = {"plugins": plugins, "max_epochs": 3, "default_root_dir": folder}
+    trainer_of(**common).fit(whole := Signalled(), of_rank(2))
+    path = str(Path(folder) / "hpc_ckpt_1.ckpt")
+    step = Checkpoint(path).manifest.step
+    trainer_of(max_epochs=3).fit(resumed := Recording(), of_rank(2), ckpt_path=path)
+    return {"step": step, "said": (Path(folder) / "said").read_text().split(), "steps": len(whole.losses),
+            "same": whole.losses[step:] == resumed.losses, "handler": signal.getsignal(signal.SIGUSR1)}  # fmt: skip
+
+
+def test_slurms_signal_saves_and_requeues(get_pool: Any, tmp_path: Path) -> None:
+    ranks = get_pool(2).run(requeued, str(tmp_path))
+    assert ranks[0] == {"step": 4, "said": ["requeue", "17"], "steps": 12, "same": True, "handler": signal.SIG_DFL}
+    assert ranks[1] == ranks[0]
 
 
 # ---------------------------------------------------------------------------------- unusual modules
