@@ -72,13 +72,15 @@ def _masters(optimizer: Any) -> Iterator[tuple[nn.Parameter, Master]]:
     if hasattr(optimizer, "fp32_partitioned_groups_flat"):  # ZeRO 3
         yield from _partitions(optimizer)
     elif hasattr(optimizer, "single_partition_of_fp32_groups"):  # ZeRO 1 and 2
-        yield from _fragments(optimizer.single_partition_of_fp32_groups, optimizer.bit16_groups)
+        # The parameters' own `_hp_mapping` does not know of round_robin_gradients.
+        groups, offsets = optimizer.round_robin_bit16_groups, optimizer.round_robin_bit16_offsets
+        yield from _fragments(optimizer, optimizer.single_partition_of_fp32_groups, groups, offsets)
     elif hasattr(optimizer, "fp32_groups_flat_partition"):  # BF16_Optimizer
-        yield from _fragments(optimizer.fp32_groups_flat_partition, optimizer.bf16_groups)
+        groups = optimizer.bf16_groups
+        yield from _fragments(optimizer, optimizer.fp32_groups_flat_partition, groups, map(_offsets, groups))
     elif hasattr(optimizer, "fp32_groups_flat"):  # FP16_Optimizer
         for owner, group in zip(optimizer.fp32_groups_flat, optimizer.fp16_groups, strict=True):
-            offsets = itertools.accumulate((parameter.numel() for parameter in group), initial=0)
-            for parameter, offset in zip(group, offsets, strict=False):
+            for parameter, offset in zip(group, _offsets(group), strict=True):
                 yield parameter, Master(owner, offset, 0, parameter.numel(), False)
     elif hasattr(optimizer, "fp32_groups"):  # FP16_UnfusedOptimizer
         for owned, group in zip(optimizer.fp32_groups, optimizer.fp16_groups, strict=True):
@@ -99,15 +101,25 @@ def _partitions(optimizer: Any) -> Iterator[tuple[nn.Parameter, Master]]:
             yield parameter, Master(owner, offset, start, min(size, parameter.ds_numel - start), True)
 
 
-def _fragments(owners: list[Tensor], groups: list[list[Any]]) -> Iterator[tuple[nn.Parameter, Master]]:
-    """ZeRO 1 and 2: all parameters of a group are cut together, so that a rank may have nothing of one."""
-    for owner, group in zip(owners, groups, strict=True):
-        for parameter in group:
-            if parameter._hp_mapping is None:
-                yield parameter, Master(owner, 0, 0, 0, True)
-            else:
-                here, part = parameter._hp_mapping.lp_fragment_address, parameter._hp_mapping.hp_fragment_address
-                yield parameter, Master(owner, part.start, here.start, here.numel, True)
+def _fragments(
+    optimizer: Any, owners: list[Tensor], groups: list[list[nn.Parameter]], offsets: Iterable[list[int]]
+) -> Iterator[tuple[nn.Parameter, Master]]:
+    """ZeRO 1 and 2: a group's parameters are one after the other, and all together are cut into a part for each rank.
+
+    A rank may have nothing of a parameter.
+    """
+    ranks = map(dist.get_rank, optimizer.real_dp_process_group)
+    for owner, group, offsets_of_group, rank in zip(owners, groups, offsets, ranks, strict=True):
+        begin = rank * owner.numel()
+        for parameter, offset in zip(group, offsets_of_group, strict=True):
+            first = min(max(offset, begin), offset + parameter.numel())
+            end = max(min(offset + parameter.numel(), begin + owner.numel()), first)
+            yield parameter, Master(owner, max(first - begin, 0), first - offset, end - first, True)
+
+
+def _offsets(group: list[nn.Parameter]) -> list[int]:
+    """Where each begins, one after the other."""
+    return [*itertools.accumulate((parameter.numel() for parameter in group), initial=0)][:-1]
 
 
 def moments(optimizer: Optimizer, master: Master) -> dict[str, Tensor]:

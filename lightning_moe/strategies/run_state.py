@@ -98,6 +98,11 @@ class RunState:
         self._all_ranks = all_ranks
         self._logical = logical_parameters(module, expert_groups)
         self._parameters = {n: p for n, p in module.named_parameters() if n in self._logical}
+        if getattr(engine.optimizer, "swap_optimizer", False):
+            raise CheckpointError(
+                "offload_optimizer.device='nvme': the optimizer's state is in files of DeepSpeed's, which a checkpoint "
+                "does not take. Use device='cpu'."
+            )
         self._masters = zero_state.masters(engine, self._parameters)
         persistent = module.state_dict().keys()
         self._tied = {name: first for name, first in tied_names(module).items() if name in persistent}

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import lightning as L
 import pytest
@@ -14,8 +17,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lightning_moe import AuxLossCallback, ExpertBiasUpdate, MoE, MoECheckpointIO, MoEConfig
-from lightning_moe.checkpoint import Checkpoint
+from lightning_moe.checkpoint import Checkpoint, directory, storage
 from lightning_moe.data import ResumableDataLoader
+from lightning_moe.testing import RankError, RankPool
 from tests.callbacks.runs import parallel, quiet
 from tests.toy import Toy, ToyData, loader
 
@@ -287,3 +291,49 @@ def test_every_expert_comes_back_as_itself(source: Layout, to: Layout, get_pool:
     path = str(tmp_path / "constants.ckpt")
     get_pool(source[0]).run(save_constants, path, source)
     get_pool(to[0]).run(constants_read_back, path, to)
+
+
+# ------------------------------------------------------------------------------------------ killed
+
+
+def killed(folder: str, victims: list[int], where: str, call: int) -> None:
+    """A run that saves every step, as the third and as ``last``, until some ranks are killed in the middle of a save."""
+    place, name = {"commit": (directory, "commit"), "write": (storage, "write_file")}[where]
+    original, calls = getattr(place, name), 0
+
+    def dying(*args: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == call and dist.get_rank() in victims:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(*args)
+
+    with patch.object(place, name, dying):
+        fit((2, 2, 1), None, last_in(folder))
+
+
+def last_in(folder: str) -> ModelCheckpoint:
+    return ModelCheckpoint(folder, filename="{step}", every_n_train_steps=SAVED_AT, save_last=True, save_top_k=1)
+
+
+def resumed_from_last(folder: str) -> tuple[list[float], list[float]]:
+    whole = fit((2, 2, 1), None)
+    return whole, fit((2, 2, 1), "last", last_in(folder))
+
+
+@pytest.mark.parametrize(
+    ("victims", "where", "call"),
+    [
+        ([0, 1], "write", 4),  # the second save of "last", after step 8
+        pytest.param([1], "write", 3, marks=pytest.mark.grid),
+        pytest.param([0], "commit", 4, marks=pytest.mark.grid),
+        pytest.param([0], "commit", 3, marks=pytest.mark.grid),
+    ],
+)
+def test_killed_run_continues_from_last(
+    victims: list[int], where: str, call: int, fragile_pool: RankPool, get_pool: Any, tmp_path: Path
+) -> None:
+    with pytest.raises(RankError):
+        fragile_pool.run(killed, str(tmp_path), victims, where, call, timeout=60)
+    whole, resumed = get_pool(2).run(resumed_from_last, str(tmp_path))[0]
+    assert resumed == whole[SAVED_AT:]
