@@ -234,7 +234,7 @@ def test_quickstart_writes_and_says_where(quickstart: Quickstart) -> None:
     assert expected <= set(rows[0])
     for name in expected:
         assert any(math.isfinite(float(row[name] or "nan")) for row in rows), name
-    assert (quickstart.place("checkpoint") / "checkpoint").is_dir()
+    assert (quickstart.place("checkpoint") / "checkpoint.json").is_file()
     assert "config: " not in quickstart.output_of_rank_1
 
 
