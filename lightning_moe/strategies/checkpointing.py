@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_moe.checkpoint import Checkpoint, CheckpointError, CheckpointLayout, check_layout, is_checkpoint
+from lightning_moe.checkpoint.agreement import agreed
 from lightning_moe.checkpoint.logical import tied_names
 from lightning_moe.checkpoint.manifest import SavedLayout
 from lightning_moe.checkpoint.saving import Snapshot
@@ -101,8 +102,13 @@ class CheckpointingStrategy(DeepSpeedStrategy):
         if not is_checkpoint(path) and (path / "latest").is_file():
             return self._load_deepspeed_checkpoint(path, weights_only)
         assert self.lightning_module is not None
-        made = self.optimizer_groups.made if self.optimizer_groups is not None else []
-        saved = LightningFile(path, made, tied_names(self.lightning_module)) if path.is_file() else Checkpoint(path)
+        saved: Checkpoint | LightningFile
+        with agreed(self._writer.group):
+            if path.is_file():
+                made = self.optimizer_groups.made if self.optimizer_groups is not None else []
+                saved = LightningFile(path, made, tied_names(self.lightning_module))
+            else:
+                saved = Checkpoint(path)
         strict, with_frozen = self.lightning_module.strict_loading, not self.exclude_frozen_parameters
         restored = self._run_state().restore(saved, strict, with_frozen)
         trainer = self.lightning_module.trainer
@@ -163,20 +169,21 @@ class CheckpointingStrategy(DeepSpeedStrategy):
     @override
     def on_exception(self, exception: BaseException) -> None:
         super().on_exception(exception)
-        assert self.lightning_module is not None
-        trainer = self.lightning_module.trainer
-        if isinstance(exception, SIGTERMException) and trainer.state.fn == TrainerFn.FITTING:
-            self._save_last(trainer)
+        if isinstance(exception, SIGTERMException) and self.lightning_module is not None:
+            trainer = self.lightning_module.trainer
+            if trainer.state.fn == TrainerFn.FITTING:
+                self._save_last(trainer)
 
     def _save_last(self, trainer: L.Trainer) -> None:
-        """Saves where ``ckpt_path="last"`` looks, unless a callback has saved since the last step."""
-        callback = trainer.checkpoint_callback
-        if not isinstance(callback, ModelCheckpoint) or callback.dirpath is None:
+        """Saves where ``ckpt_path="last"`` looks, unless a callback has done so since the last step."""
+        callbacks = [
+            c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint) and c.dirpath is not None
+        ]
+        if not callbacks:
             rank_zero_info("No checkpoint is saved: the Trainer has no ModelCheckpoint.")
-        elif trainer.global_step not in (
-            getattr(c, "_last_global_step_saved", -1) for c in trainer.checkpoint_callbacks
-        ):
-            path = Path(callback.dirpath) / f"{callback.CHECKPOINT_NAME_LAST}{callback.FILE_EXTENSION}"
+        elif not any(c.save_last and c._last_global_step_saved == trainer.global_step for c in callbacks):
+            first = callbacks[0]
+            path = Path(str(first.dirpath)) / f"{first.CHECKPOINT_NAME_LAST}{first.FILE_EXTENSION}"
             trainer.save_checkpoint(path)
             rank_zero_info(f'Saved {path}, from which ckpt_path="last" continues.')
         self._writer.wait()

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from lightning.fabric.utilities.seed import _collect_rng_states, _set_rng_states
 from torch import Tensor, nn
 
+from lightning_moe.checkpoint.agreement import agreed
 from lightning_moe.checkpoint.errors import CheckpointError
 from lightning_moe.checkpoint.loading import MODEL, Checkpoint, moment_name
 from lightning_moe.checkpoint.logical import all_names, logical_parameters, tied_names
@@ -227,20 +228,20 @@ class RunState:
         there = {name: logical for name, logical in self._logical.items() if name not in left_out}
         buffers = {name: tuple(b.shape) for name, b in self._buffers.items()}
         saved.verify(self._all_ranks)
-        both = set(saved.check(all_names(there, self._expert_groups) | buffers, strict))
-        run = saved.run()
-        groups = self._optimizer_groups if "optimizer_groups" in run else None
-
+        with agreed(self._all_ranks):
+            both = set(saved.check(all_names(there, self._expert_groups) | buffers, strict))
+            names = [name for name, logical in there.items() if logical.name in both]
+            run, rank = saved.run(), self._of_this_rank(saved.ranks())
+            groups = self._optimizer_groups if "optimizer_groups" in run else None
+            if groups is not None:
+                self._make_moments(saved, names, run["scalars"])
         zero_state.before_filling(self._engine)
-        names = [name for name, logical in there.items() if logical.name in both]
-        if groups is not None:
-            self._make_moments(saved, names, run["scalars"])
         self._fill(saved, names, both, with_moments=groups is not None)
         if self._optimizer_groups is not None:
             zero_state.after_filling(self._engine, weights_too=self._fill_weights(saved, names))
         self._module.load_state_dict(run["extra_state"], strict=False)
 
-        kept, rank = run["lightning"], self._of_this_rank(saved.ranks())
+        kept: dict[str, Any] = run["lightning"]
         if groups is not None:
             self._set_hyper_parameters(run["optimizer_groups"], groups)
             if "engine" in run:

@@ -1,10 +1,11 @@
-"""Saving and loading a run: when, where, in which of the formats, and what happens when it fails."""
+"""Writing a run's checkpoints: at once or in the background, and what happens when one cannot be written."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -12,6 +13,7 @@ import torch.distributed as dist
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lightning_moe.checkpoint import CheckpointError, directory
+from lightning_moe.checkpoint.agreement import agreed
 from lightning_moe.checkpoint.saving import Snapshot, save
 
 OnSaveError = Literal["raise", "warn"]
@@ -60,17 +62,18 @@ class CheckpointWriter:
             CheckpointError: on every rank, when this one or, in the background, the one before could not be saved.
         """
         self.wait()
-        group, made, problem = self.group, None, ""
         try:
-            made = snapshot().detached() if self.in_background else snapshot()
-        except (RuntimeError, MemoryError, TypeError, ValueError) as error:
-            problem = f"{type(error).__name__}: {error}" if not isinstance(error, CheckpointError) else str(error)
+            with agreed(self.group):
+                made = snapshot().detached() if self.in_background else snapshot()
+        except CheckpointError as error:
+            self._failed(CheckpointError(f"{path}: the checkpoint could not be saved ({error})"))
+            return
         if not self.in_background:
-            self._settle(path, lambda: _save(made, problem, path, group))
+            self._settle(path, partial(save, made, path, self.group))
             return
         if self._executor is None:
             self._executor = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
-        self._pending = _Pending(path, self._executor.submit(_save, made, problem, path, group))
+        self._pending = _Pending(path, self._executor.submit(save, made, path, self.group))
 
     def wait(self) -> None:
         """Returns when nothing is being written any more. On all ranks at the same places of a run.
@@ -99,31 +102,24 @@ class CheckpointWriter:
             if self._executor is not None:
                 self._executor.shutdown()
                 self._executor = None
-            if self._group is not None:
-                self._group = None
+            if self._group is not None and dist.is_initialized():
+                dist.destroy_process_group(self._group)
+            self._group = None
 
     def _settle(self, path: Path, finish: Callable[[], None]) -> None:
         removals, self._to_remove = self._to_remove, []
         try:
             finish()
         except CheckpointError as error:
-            self._last_failed = True
-            if self._on_error == "raise":
-                raise
-            rank_zero_warn(f"{error} Training goes on (on_save_error='warn').")
+            self._failed(error)
             return
         self._last_failed = False
         for old in removals:
             if old != path:
                 self.remove(old)
 
-
-def _save(snapshot: Snapshot | None, problem: str, path: Path, group: dist.ProcessGroup) -> None:
-    """Saves what all ranks have, unless one of them has a problem, which is then raised on all."""
-    problems = [""] * dist.get_world_size(group)
-    dist.all_gather_object(problems, problem, group=group)
-    if any(problems):
-        found = next(rank for rank, text in enumerate(problems) if text)
-        raise CheckpointError(f"{path}: the checkpoint could not be saved (on rank {found}: {problems[found]})")
-    assert snapshot is not None
-    save(snapshot, path, group)
+    def _failed(self, error: CheckpointError) -> None:
+        self._last_failed = True
+        if self._on_error == "raise":
+            raise error
+        rank_zero_warn(f"{error} Training goes on (on_save_error='warn').")
