@@ -78,6 +78,20 @@ def check_readable(state: dict[str, Any], what: str) -> None:
     )
 
 
+def without_unreadable(values: Any) -> tuple[Any, list[str]]:
+    """A dictionary without what a checkpoint could not give back, and the keys left out; nothing is left of others.
+
+    For what no run needs in order to resume.
+    """
+    values = plain(values)
+    if unreadable(values) is None:
+        return values, []
+    if not isinstance(values, dict):
+        return None, ["everything"]
+    left_out = [key for key, value in values.items() if unreadable(value)]
+    return {key: value for key, value in values.items() if key not in left_out}, [str(key) for key in left_out]
+
+
 def write_objects(path: Path, state: Any) -> None:
     """Writes state into a file, through to the disk."""
     buffer = io.BytesIO()

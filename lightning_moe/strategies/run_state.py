@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from lightning.fabric.utilities.seed import _collect_rng_states, _set_rng_states
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from lightning_moe.checkpoint.agreement import agreed
@@ -18,7 +19,7 @@ from lightning_moe.checkpoint.errors import CheckpointError
 from lightning_moe.checkpoint.loading import MODEL, Checkpoint, moment_name
 from lightning_moe.checkpoint.logical import all_names, logical_parameters, tied_names
 from lightning_moe.checkpoint.manifest import SavedLayout
-from lightning_moe.checkpoint.objects import check_readable, plain
+from lightning_moe.checkpoint.objects import check_readable, plain, without_unreadable
 from lightning_moe.checkpoint.pieces import Piece
 from lightning_moe.checkpoint.saving import Snapshot
 from lightning_moe.checkpoint.single import LightningFile
@@ -28,6 +29,7 @@ from lightning_moe.engine.zero_state import Master
 from lightning_moe.parallel import ExpertGroups
 
 _NOT_HYPER_PARAMETERS = ("params", "param_names", "name", "moe")
+_HYPER_PARAMETERS = {"hyper_parameters", "datamodule_hyper_parameters", "hparams_type"}
 _LIBRARIES = ("lightning_moe", "torch", "lightning", "deepspeed")
 
 
@@ -125,12 +127,10 @@ class RunState:
         groups = self._optimizer_groups if "optimizer_states" in checkpoint else None
         names = [name for name, parameter in self._parameters.items() if with_frozen or parameter.requires_grad]
         run: dict[str, Any] = {
-            "lightning": {k: v for k, v in checkpoint.items() if k not in ("state_dict", "optimizer_states")},
+            "lightning": self._of_lightning(checkpoint),
             "extra_state": self._extra_state(),
             "buffers": list(self._buffers),
-            "tied": {
-                name: first for name, first in self._tied.items() if first in self._logical.keys() | self._buffers
-            },
+            "tied": self._tied,
         }
         if groups is not None:
             schedulers = checkpoint["lr_schedulers"]
@@ -153,6 +153,18 @@ class RunState:
             epoch=checkpoint["epoch"],
             versions={name: importlib.metadata.version(name) for name in _LIBRARIES},
         )
+
+    def _of_lightning(self, checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+        """Lightning's checkpoint without tensors of the model, and without hyper-parameters that it cannot keep."""
+        kept = {key: value for key, value in checkpoint.items() if key not in ("state_dict", "optimizer_states")}
+        for key in _HYPER_PARAMETERS & kept.keys():
+            kept[key], left_out = without_unreadable(kept[key])
+            if left_out:
+                rank_zero_warn(
+                    f"{key}: a checkpoint does not keep {', '.join(left_out)}, which it could not read back without "
+                    "executing code. Resuming needs none of it; leave it out with save_hyperparameters(ignore=[...])."
+                )
+        return kept
 
     def _shares(self, names: list[str], with_moments: bool) -> dict[str, Piece]:
         """What this rank writes of the parameters, of what the optimizer keeps of their elements, and of buffers."""

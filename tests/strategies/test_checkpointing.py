@@ -9,6 +9,8 @@ import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -24,7 +26,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException, SI
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
-from lightning_moe import ExpertParallelStrategy
+from lightning_moe import ExpertParallelStrategy, MoEConfig
 from lightning_moe.checkpoint import Checkpoint, CheckpointError, is_checkpoint, read_weights, storage
 from lightning_moe.data import ResumableDataLoader
 from lightning_moe.engine import deepspeed as engine
@@ -32,7 +34,7 @@ from lightning_moe.strategies import writer
 from lightning_moe.testing.state import full_state
 from tests.callbacks.runs import quiet
 from tests.strategies.test_resume import Recording, of_rank
-from tests.toy import Toy
+from tests.toy import CONFIG, Toy
 
 
 def trainer_of(world: int = 2, ep_size: int = 2, stage: int = 1, **options: Any) -> L.Trainer:
@@ -107,6 +109,33 @@ def test_a_failed_save_is_warned_of(async_save: bool, get_pool: Any, tmp_path: P
         read_weights(tmp_path / name)
 
 
+class WithHyperParameters(Recording):
+    def __init__(self, loss: Any, size: int, where: Path, config: MoEConfig = CONFIG) -> None:
+        super().__init__(config=config)
+        self.save_hyperparameters(logger=False)
+
+
+def saved_with_hyper_parameters(folder: str) -> dict[str, Any]:
+    path = str(Path(folder) / "a.ckpt")
+    trainer = trainer_of(max_steps=2, callbacks=[Step(lambda t: t.save_checkpoint(path), 1)])
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer.fit(WithHyperParameters(partial(nn.functional.mse_loss), 3, Path("there")), of_rank(2))
+    said = [str(w.message) for w in caught if "a checkpoint does not keep" in str(w.message)]
+    return {"said": said, "kept": Checkpoint(path).run()["lightning"]["hyper_parameters"]}
+
+
+def test_hyper_parameters_that_cannot_be_kept_are_left_out(get_pool: Any, tmp_path: Path) -> None:
+    found = get_pool(2).run(saved_with_hyper_parameters, str(tmp_path))
+    (said,) = found[0]["said"]
+    assert said == (
+        "hyper_parameters: a checkpoint does not keep loss, which it could not read back without executing code. "
+        "Resuming needs none of it; leave it out with save_hyperparameters(ignore=[...])."
+    )
+    assert found[1]["said"] == []
+    assert found[0]["kept"] == {"size": 3, "where": "there", "config": asdict(CONFIG)}
+
+
 class Unreadable(L.Callback):
     def state_dict(self) -> dict[str, Any]:
         return {"thing": os.getpid} if dist.get_rank() == 1 else {}
@@ -151,10 +180,6 @@ def another_model(folder: str) -> list[str]:
     trainer.save_checkpoint(path)
     said = []
     for config in ({"num_experts": 8}, {"intermediate_size": 20}):
-        from dataclasses import replace
-
-        from tests.toy import CONFIG
-
         with pytest.raises(CheckpointError) as caught:
             trainer_of(max_steps=2).fit(Recording(config=replace(CONFIG, **config)), of_rank(2), ckpt_path=path)
         said.append(str(caught.value))
