@@ -2,7 +2,6 @@
 
 from lightning_moe.checkpoint.errors import CheckpointError
 from lightning_moe.checkpoint.exporting import export
-from lightning_moe.checkpoint.layout import CheckpointLayout, check_layout
 from lightning_moe.checkpoint.loading import Checkpoint, read_weights
 from lightning_moe.checkpoint.manifest import FORMAT_VERSION, Manifest, is_checkpoint
 from lightning_moe.checkpoint.single import MoECheckpointIO
@@ -11,10 +10,8 @@ __all__ = [
     "FORMAT_VERSION",
     "Checkpoint",
     "CheckpointError",
-    "CheckpointLayout",
     "Manifest",
     "MoECheckpointIO",
-    "check_layout",
     "export",
     "is_checkpoint",
     "read_weights",

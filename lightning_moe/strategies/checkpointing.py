@@ -14,8 +14,9 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException, SI
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_moe.checkpoint import Checkpoint, CheckpointError, CheckpointLayout, check_layout, is_checkpoint
+from lightning_moe.checkpoint import Checkpoint, CheckpointError, is_checkpoint
 from lightning_moe.checkpoint.agreement import agreed
+from lightning_moe.checkpoint.deepspeed_format import check_layout
 from lightning_moe.checkpoint.logical import tied_names
 from lightning_moe.checkpoint.manifest import SavedLayout
 from lightning_moe.checkpoint.saving import Snapshot
@@ -75,11 +76,9 @@ class CheckpointingStrategy(DeepSpeedStrategy):
                 "takes a file system that they share. Save to a path, and copy the checkpoint from there."
             )
         path = Path(self.broadcast(filepath)).absolute()
-        layout, precision = self._layout(), str(self.precision_plugin.precision)
-        saved_layout = SavedLayout(layout.world_size, layout.expert_parallel_size, layout.stage, precision)
 
         def snapshot() -> Snapshot:
-            return self._run_state().snapshot(checkpoint, saved_layout, not self.exclude_frozen_parameters)
+            return self._run_state().snapshot(checkpoint, self._layout(), not self.exclude_frozen_parameters)
 
         assert self.lightning_module is not None
         trainer = self.lightning_module.trainer
@@ -140,9 +139,11 @@ class CheckpointingStrategy(DeepSpeedStrategy):
     def remove_checkpoint(self, filepath: Any) -> None:
         self._writer.remove(Path(filepath).absolute())
 
-    def _layout(self) -> CheckpointLayout:
+    def _layout(self) -> SavedLayout:
         assert self.expert_groups is not None
-        return CheckpointLayout(self.world_size, self.expert_groups.ep_size, self._stage)
+        return SavedLayout(
+            self.world_size, self.expert_groups.ep_size, self._stage, str(self.precision_plugin.precision)
+        )
 
     def _run_state(self) -> RunState:
         module = self.lightning_module
