@@ -139,7 +139,8 @@ def test_nothing_prints(path: Path) -> None:
 
 
 def test_importing_the_package_does_not_import_deepspeed() -> None:
-    code = "import sys, lightning_moe.testing; print([m for m in sys.modules if m.split('.')[0] == 'deepspeed'])"
+    modules = "lightning_moe.testing, lightning_moe.cli, lightning_moe.commands.checkpoint"
+    code = f"import sys, {modules}; print([m for m in sys.modules if m.split('.')[0] == 'deepspeed'])"
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=100)
     assert result.returncode == 0, result.stderr
     assert result.stdout.strip() == "[]"

@@ -54,7 +54,13 @@ def saved_and_resumed(folder: str, saved_in: tuple[int, int], to: tuple[int, int
 
 @pytest.mark.parametrize(
     ("saved_in", "to"),
-    [((2, 1), (2, 1)), ((2, 2), (1, 1)), ((1, 0), (2, 2)), pytest.param((2, 0), (2, 0), marks=pytest.mark.grid)],
+    [
+        ((2, 2), (1, 1)),
+        *(
+            pytest.param(*pair, marks=pytest.mark.grid)
+            for pair in [((2, 1), (2, 1)), ((1, 0), (2, 2)), ((2, 0), (2, 0))]
+        ),
+    ],
 )
 def test_native_experts_resume(saved_in: tuple[int, int], to: tuple[int, int], get_pool: Any, tmp_path: Path) -> None:
     found = get_pool(2).run(saved_and_resumed, str(tmp_path), saved_in, to)

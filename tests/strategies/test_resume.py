@@ -321,14 +321,11 @@ def resumed_from_last(folder: str) -> tuple[list[float], list[float]]:
     return whole, fit((2, 2, 1), "last", last_in(folder))
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize(
     ("victims", "where", "call"),
-    [
-        ([0, 1], "write", 4),  # the second save of "last", after step 8
-        pytest.param([1], "write", 3, marks=pytest.mark.grid),
-        pytest.param([0], "commit", 4, marks=pytest.mark.grid),
-        pytest.param([0], "commit", 3, marks=pytest.mark.grid),
-    ],
+    # The fourth save is the second of "last", after step 8.
+    [([0, 1], "write", 4), ([1], "write", 3), ([0], "commit", 4), ([0], "commit", 3)],
 )
 def test_killed_run_continues_from_last(
     victims: list[int], where: str, call: int, fragile_pool: RankPool, get_pool: Any, tmp_path: Path

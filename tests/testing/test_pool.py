@@ -238,6 +238,7 @@ def test_an_error_while_others_wait_in_a_collective(fragile_pool: RankPool) -> N
     assert [result[0] for result in pool.run(rank_and_arguments)] == [0, 1]
 
 
+@pytest.mark.grid
 def test_an_error_on_one_rank_only_replaces_the_ranks(fragile_pool: RankPool) -> None:
     pool = fragile_pool
     pids = {fact["pid"] for fact in pool.run(process_facts)}
@@ -294,9 +295,8 @@ def test_what_cannot_be_pickled_is_an_error(pool2: RankPool) -> None:
     assert pool2.run(rank_and_arguments)[1][0] == 1
 
 
-@pytest.mark.parametrize(
-    ("task", "args"), [(lose_the_group, ()), pytest.param(leave_groups, (120,), marks=pytest.mark.grid)]
-)
+@pytest.mark.grid
+@pytest.mark.parametrize(("task", "args"), [(lose_the_group, ()), (leave_groups, (120,))])
 def test_worn_ranks_are_replaced(fragile_pool: RankPool, task: Callable[..., None], args: tuple[int, ...]) -> None:
     pool = fragile_pool
     pool.run(task, *args)
