@@ -12,8 +12,6 @@ import os
 import shutil
 from pathlib import Path
 
-from lightning_moe.checkpoint.storage import sync
-
 _WRITING = ".writing"  # Lightning looks for checkpoints by the beginning of names, or by a part of them
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # fcntl.h, linux/fs.h
 
@@ -29,22 +27,33 @@ def begin(final: Path) -> Path:
 def commit(writing: Path, final: Path) -> None:
     """Moves a folder that is complete to its place, and removes what had that name before."""
     sync(writing)
-    if os.path.lexists(final):
-        if _exchange(writing, final):
-            sync(final.parent)
-            remove(writing)
-        else:
-            # Not atomic, but nothing is lost: the earlier one is there under the other name until the new one stands.
-            earlier = writing.with_name(f"{writing.name}.earlier")
-            remove(earlier)
-            final.rename(earlier)
-            writing.rename(final)
-            sync(final.parent)
-            remove(earlier)
+    if os.path.lexists(final) and _exchange(writing, final):
+        sync(final.parent)
+        remove(writing)
     else:
+        # Where there are two, two renames: not one step, but the earlier one stands beside until the new one does.
+        beside = earlier(final)
+        if os.path.lexists(final):
+            remove(beside)
+            final.rename(beside)
         writing.rename(final)
         sync(final.parent)
+        remove(beside)
     _remove_if_empty(writing.parent)
+
+
+def earlier(final: Path) -> Path:
+    """Where a checkpoint stands for the moment in which another takes its place, if that takes two steps."""
+    return final.parent / _WRITING / f"{final.name}.earlier"
+
+
+def sync(path: Path) -> None:
+    """Makes a file, or what a folder lists, outlive a loss of power."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def abandon(writing: Path) -> None:

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from lightning_moe.checkpoint import directory
+from lightning_moe.checkpoint.directory import sync
 from lightning_moe.checkpoint.errors import CheckpointError
 from lightning_moe.checkpoint.loading import MODEL, Checkpoint
 from lightning_moe.checkpoint.manifest import OnProgress, is_checkpoint, problems
 from lightning_moe.checkpoint.saving import reasons
-from lightning_moe.checkpoint.storage import sync
 from lightning_moe.checkpoint.stream import NAMES, Source, write_stream
 
 SHARD_BYTES = 5 * 10**9

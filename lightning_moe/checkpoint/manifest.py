@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from lightning_moe.checkpoint.directory import earlier
 from lightning_moe.checkpoint.errors import CheckpointError
 
 FILE_NAME = "checkpoint.json"
@@ -193,6 +194,11 @@ def missing(folder: Path) -> str:
             "path of that folder; a file that Lightning saved is taken by trainer.fit(ckpt_path=...) alone."
         )
     beside = sorted(str(path) for path in folder.parent.glob("*") if is_checkpoint(path))
+    if is_checkpoint(beside_it := earlier(folder)):
+        return (
+            f"{folder}: is not there: a save was killed while it took the place of the checkpoint before, which is "
+            f"whole at {beside_it}. Move that back."
+        )
     why = f"has no {FILE_NAME}, which is written last" if folder.is_dir() else "does not exist"
     remedy = f"Whole checkpoints beside it: {', '.join(beside[-5:])}." if beside else "There is no other beside it."
     return f"{folder}: is not a checkpoint: it {why}. {remedy}"

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch.serialization import get_unsafe_globals_in_checkpoint
 
+from lightning_moe.checkpoint.directory import sync
 from lightning_moe.checkpoint.errors import CheckpointError
-from lightning_moe.checkpoint.storage import sync
 
 
 def plain(value: Any) -> Any:

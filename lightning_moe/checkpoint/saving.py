@@ -17,7 +17,7 @@ from lightning_moe.checkpoint.errors import CheckpointError
 from lightning_moe.checkpoint.manifest import Manifest, SavedLayout, StoredFile, StoredTensor, describe_file
 from lightning_moe.checkpoint.objects import write_objects
 from lightning_moe.checkpoint.pieces import Pieces, SavePieces
-from lightning_moe.checkpoint.storage import SafetensorsWriter, quiet, sync
+from lightning_moe.checkpoint.storage import SafetensorsWriter, quiet
 
 RUN_FILE = "run.pt"
 RANKS_FILE = "ranks.pt"
@@ -130,7 +130,7 @@ def _write(snapshot: Snapshot, path: Path, writing: Path, group: dist.ProcessGro
             assert isinstance(stored, TensorStorageMetadata)
             tensors[name] = StoredTensor(shape_of[name], str(stored.properties.dtype).removeprefix("torch."))
         described = (snapshot.layout, snapshot.step, snapshot.epoch, snapshot.versions)
-        sync(Manifest(tensors, dict(sorted(files.items())), *described).write(writing))
+        directory.sync(Manifest(tensors, dict(sorted(files.items())), *described).write(writing))
         directory.commit(writing, path)
 
     with quiet():

@@ -22,6 +22,7 @@ from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
 from torch.futures import Future
 from typing_extensions import override
 
+from lightning_moe.checkpoint.directory import sync
 from lightning_moe.checkpoint.manifest import StoredFile, describe_file
 
 SUFFIX = ".safetensors"
@@ -114,15 +115,6 @@ def _take(memory: dict[int, list[tuple[int, int]]], tensor: Tensor) -> bool:
         return False
     taken.insert(place, (begin, end))
     return True
-
-
-def sync(path: Path) -> None:
-    """Makes a file, or what a folder lists, outlive a loss of power."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 @contextlib.contextmanager

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_moe.checkpoint.storage import sync
+from lightning_moe.checkpoint.directory import sync
 
 NAMES: dict[torch.dtype, str] = {
     torch.float64: "F64",

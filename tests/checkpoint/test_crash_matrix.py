@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lightning_moe.checkpoint import Checkpoint, directory
+from lightning_moe.checkpoint import Checkpoint, CheckpointError, directory
 from tests.checkpoint.crashing import MOMENTS, SIZE, WORLD, Moment, run
 
 TAKES_EFFECT = MOMENTS.index(next(m for m in MOMENTS if (m.name, m.when) == ("_exchange", "after")))
@@ -71,4 +71,24 @@ def test_where_two_names_cannot_be_exchanged(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(directory, "_exchange", lambda one, other: False)
     assert run(tmp_path, None, kill_all=False) == [0, 0]
     assert value_of(tmp_path / "last.ckpt") == 2.0
+    assert not (tmp_path / ".writing").exists()
+
+
+@pytest.mark.parametrize("call", [1, 2])
+def test_killed_where_two_names_cannot_be_exchanged(call: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After the first of two renames the earlier checkpoint is beside its place, and one is told so."""
+    monkeypatch.setattr(directory, "_exchange", lambda one, other: False)
+    path, moment = tmp_path / "last.ckpt", Moment(Path, "rename", "after", call)
+    assert run(tmp_path, moment, kill_all=True) == [-9, -9]
+    if call == 1:
+        beside = directory.earlier(path)
+        with pytest.raises(CheckpointError) as caught:
+            Checkpoint(path)
+        assert str(caught.value).endswith(f"which is whole at {beside}. Move that back.")
+        assert value_of(beside) == 1.0
+    else:
+        assert value_of(path) == 2.0
+    (tmp_path / "store").unlink()
+    assert run(tmp_path, None, kill_all=False, existing=False) == [0, 0]
+    assert value_of(path) == 2.0
     assert not (tmp_path / ".writing").exists()
