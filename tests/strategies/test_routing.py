@@ -75,7 +75,7 @@ def cases() -> list[tuple[str, Case]]:
 
 ALL = cases()
 # By turns, so that every router, every policy and every stage is among them.
-SOME = [case for number, case in enumerate(ALL) if (number % 7 + number // 7) % 5 == 0]
+SOME = [case for number, case in enumerate(ALL) if (number % 7 + number // 7) % 7 == 0]
 
 
 def run(case: Case, get_pool: Any, **toy: Any) -> None:

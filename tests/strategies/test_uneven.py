@@ -93,19 +93,27 @@ def _warm(get_pool: Any) -> None:
     get_pool(4).run(fit, Case(4, 2, 1), "equal", False)  # the time limit below is for a running pool
 
 
-@pytest.mark.parametrize("skewed", [False, True], ids=["spread", "all to one rank"])
-@pytest.mark.parametrize("kind", BATCHES)
+CASES = [
+    Case(4, 4, 1, "alltoall"),
+    Case(4, 2, 2, "allgather"),
+    Case(4, 2, 3, "alltoall"),
+    Case(4, 4, 2, "fused"),
+    Case(4, 2, 0, "fused", moe=replace(CONFIG, overlap_chunks=3)),
+]
+
+
 @pytest.mark.parametrize(
-    "case",
-    [
-        Case(4, 4, 1, "alltoall"),
-        Case(4, 2, 2, "allgather"),
-        Case(4, 2, 3, "alltoall"),
-        Case(4, 4, 2, "fused"),
-        Case(4, 2, 0, "fused", moe=replace(CONFIG, overlap_chunks=3)),
+    ("case", "kind", "skewed"),
+    [  # every second by default
+        pytest.param(
+            case, kind, skewed, marks=[pytest.mark.grid] * ((i + j + skewed) % 2),
+            id=f"{case}-{kind}-{'all to one rank' if skewed else 'spread'}",
+        )
+        for i, case in enumerate(CASES)
+        for j, kind in enumerate(BATCHES)
+        for skewed in (False, True)
     ],
-    ids=str,
-)
+)  # fmt: skip
 def test_ends_soon_and_exact(case: Case, kind: str, skewed: bool, get_pool: Any) -> None:
     check(case, kind, skewed, get_pool)
 
