@@ -164,7 +164,7 @@ def stopwatch() -> Iterator[dict[str, float]]:
         (os, "fsync", "fsync"),
         (storage, "describe_file", "checksum"),
         (saving, "describe_file", "checksum"),
-        (loading, "damage", "checksum"),
+        (loading, "problems", "checksum"),
     ]
     originals = [getattr(module, name) for module, name, _ in places]
 

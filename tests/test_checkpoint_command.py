@@ -149,9 +149,12 @@ def test_inspect_json(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_inspect_reads_no_tensors(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = run(capsys, "inspect", path)
-    for file in path.glob("rank*"):
-        file.unlink()
+    (file,) = path.glob("rank*.safetensors")
+    size = file.stat().st_size
+    file.write_bytes(b"x" * size)
     assert run(capsys, "inspect", path) == before
+    file.unlink()
+    assert run(capsys, "inspect", path) == (1, before[1], f"{file}: is missing or of another size\n")
 
 
 def test_inspect_weights_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -282,7 +285,7 @@ def test_no_checkpoint(action: str, path: Path, tmp_path: Path, capsys: pytest.C
     assert (code, out) == (1, "")
     assert err == (
         f"error: {tmp_path / 'nothing.ckpt'}: is not a checkpoint: it does not exist. "
-        f"Whole checkpoints beside it: {path}.\n"
+        f"Checkpoints beside it, newest first: {path}.\n"
     )
     (tmp_path / "lightning.ckpt").write_bytes(b"")
     code, _, err = run(capsys, action, tmp_path / "lightning.ckpt", *more)

@@ -8,16 +8,29 @@ without a checkpoint of that name.
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
 import shutil
+from collections.abc import Collection
 from pathlib import Path
 
 _WRITING = ".writing"  # Lightning looks for checkpoints by the beginning of names, or by a part of them
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # fcntl.h, linux/fs.h
 
 
-def begin(final: Path) -> Path:
-    """Makes the empty folder that a checkpoint is written into; what an earlier, killed save left there goes."""
+def begin(final: Path, replaces: Collection[str] = ()) -> Path:
+    """Makes the empty folder that a checkpoint is written into; what an earlier, killed save left there goes.
+
+    Args:
+        final: Where the checkpoint is to stand.
+        replaces: Names of files that make a folder one that may be replaced.
+
+    Raises:
+        FileExistsError: a folder with something else in it is there.
+    """
+    is_folder = final.is_dir() and not final.is_symlink() and any(final.iterdir())
+    if is_folder and not any((final / name).exists() for name in replaces):
+        raise FileExistsError(errno.EEXIST, "there is a folder with other files, which would be lost", str(final))
     writing = final.parent / _WRITING / final.name
     remove(writing)
     writing.mkdir(parents=True)

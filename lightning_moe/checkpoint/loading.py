@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Collection, Mapping
 from functools import cached_property
@@ -27,6 +28,7 @@ from lightning_moe.checkpoint.storage import quiet
 MODEL = "model/"
 OPTIMIZER = "optimizer/"
 _SHOWN = 5
+_log = logging.getLogger(__name__)
 
 
 def moment_name(key: str, parameter: str) -> str:
@@ -99,7 +101,8 @@ class Checkpoint:
                     no_dist=group is None,
                 )
         except (CheckpointException, OSError, RuntimeError) as error:
-            raise CheckpointError(f"{self.path}: could not be read ({reasons(error)}).") from error
+            _log.debug("%s: not read", self.path, exc_info=error)
+            raise CheckpointError(f"{self.path}: could not be read ({reasons(error)}).") from None
 
     def tensor(self, name: str) -> Tensor:
         """A logical tensor, whole, on the CPU.
@@ -202,8 +205,8 @@ def names_in_both(
         shown = "".join(f"\n  {line}" for line in differences[:_SHOWN])
         more = f"\n  and {len(differences) - _SHOWN} more" if len(differences) > _SHOWN else ""
         raise CheckpointError(
-            f"{path}: is of another model; {len(differences)} of its tensors differ:{shown}{more}\nLoad it into the "
-            "model that was saved."
+            f"{path}: is of another model; {len(differences)} of its tensors differ:{shown}{more}\nBuild the "
+            "model that was saved, or pass strict_loading=False for names that only one has."
         )
     return both
 

@@ -118,13 +118,13 @@ def read_manifest(folder: Path) -> Manifest:
         raise CheckpointError(missing(folder)) from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(_damaged(path, f"it cannot be read ({type(error).__name__}: {error})")) from error
-    if _crc32_of(content) != crc32:
-        raise CheckpointError(_damaged(path, "its checksum is another"))
-    if version > FORMAT_VERSION:
+    if version > FORMAT_VERSION:  # whose checksum may be another kind
         raise CheckpointError(
             f"{folder}: has format version {version}, and this lightning_moe reads up to {FORMAT_VERSION}. "
-            f"Install lightning_moe {content['versions'].get('lightning_moe', 'of that version')} or newer."
+            f"Install lightning_moe {content.get('versions', {}).get('lightning_moe', 'of that version')} or newer."
         )
+    if _crc32_of(content) != crc32:
+        raise CheckpointError(_damaged(path, "its checksum is another"))
     return Manifest(
         tensors={name: StoredTensor(tuple(t["shape"]), t["dtype"]) for name, t in content["tensors"].items()},
         files={name: StoredFile(**f) for name, f in content["files"].items()},
@@ -191,17 +191,26 @@ def missing(folder: Path) -> str:
     if folder.is_file():
         return (
             f"{folder}: is a file, and a checkpoint of ExpertParallelStrategy is a folder with a {FILE_NAME}. Give the "
-            "path of that folder; a file that Lightning saved is taken by trainer.fit(ckpt_path=...) alone."
+            "path of that folder. A file that Lightning saved can be given to a Trainer as ckpt_path."
         )
-    beside = sorted(str(path) for path in folder.parent.glob("*") if is_checkpoint(path))
     if is_checkpoint(beside_it := earlier(folder)):
         return (
             f"{folder}: is not there: a save was killed while it took the place of the checkpoint before, which is "
             f"whole at {beside_it}. Move that back."
         )
-    why = f"has no {FILE_NAME}, which is written last" if folder.is_dir() else "does not exist"
-    remedy = f"Whole checkpoints beside it: {', '.join(beside[-5:])}." if beside else "There is no other beside it."
+    inside, beside = _checkpoints_in(folder), _checkpoints_in(folder.parent)
+    if inside:
+        return f"{folder}: is not a checkpoint, but holds some. Give the path of one: {', '.join(inside)}."
+    why = f"has no {FILE_NAME}, so that it is none or was never finished" if folder.is_dir() else "does not exist"
+    remedy = f"Checkpoints beside it, newest first: {', '.join(beside)}." if beside else "There is none beside it."
     return f"{folder}: is not a checkpoint: it {why}. {remedy}"
+
+
+def _checkpoints_in(folder: Path) -> list[str]:
+    """The newest few."""
+    found = [path for path in folder.glob("*") if is_checkpoint(path)]
+    found.sort(key=lambda path: (path / FILE_NAME).stat().st_mtime, reverse=True)
+    return [str(path) for path in found[:5]]
 
 
 def _damaged(path: Path, what: str) -> str:

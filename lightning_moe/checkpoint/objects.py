@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import io
 import pickle
@@ -19,11 +20,13 @@ from lightning_moe.checkpoint.errors import CheckpointError
 def plain(value: Any) -> Any:
     """The same in types that can be read back without executing code, as far as there is such a form.
 
-    Dataclasses become dictionaries of their fields, paths text, enumerations their values, NumPy's scalars Python's
-    and its arrays tensors, subclasses of dictionaries dictionaries.
+    Dataclasses and argparse's namespaces become dictionaries of their fields, paths text, enumerations their values,
+    NumPy's scalars Python's and its arrays tensors, subclasses of dictionaries dictionaries.
     """
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {field.name: plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if isinstance(value, argparse.Namespace):
+        return plain(vars(value))
     if isinstance(value, Enum):
         return plain(value.value)
     if isinstance(value, Path):
@@ -54,7 +57,7 @@ def unreadable(value: Any) -> str | None:
         return f"it cannot be pickled ({error})"
     buffer.seek(0)
     names = get_unsafe_globals_in_checkpoint(buffer)
-    return f"it holds a {', a '.join(sorted(names))}" if names else None
+    return f"it holds {', '.join(sorted(names))}" if names else None
 
 
 def check_readable(state: dict[str, Any], what: str) -> None:
@@ -73,8 +76,8 @@ def check_readable(state: dict[str, Any], what: str) -> None:
         place, value = f"{place}[{found[0]!r}]", found[1]
     raise CheckpointError(
         f"{place}: cannot be saved, because {unreadable(value)}, and reading that back would execute code. Put "
-        "numbers, text, tensors, lists and dictionaries in its place, or call "
-        "torch.serialization.add_safe_globals([...]) with its class."
+        "numbers, text, tensors, lists and dictionaries in its place, or, for an object of a class of yours, call "
+        "torch.serialization.add_safe_globals([...]) with the class."
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -14,13 +15,16 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 
 from lightning_moe.checkpoint import directory
 from lightning_moe.checkpoint.errors import CheckpointError
-from lightning_moe.checkpoint.manifest import Manifest, SavedLayout, StoredFile, StoredTensor, describe_file
+from lightning_moe.checkpoint.manifest import FILE_NAME, Manifest, SavedLayout, StoredFile, StoredTensor, describe_file
 from lightning_moe.checkpoint.objects import write_objects
 from lightning_moe.checkpoint.pieces import Pieces, SavePieces
 from lightning_moe.checkpoint.storage import SafetensorsWriter, quiet
 
 RUN_FILE = "run.pt"
 RANKS_FILE = "ranks.pt"
+
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -89,10 +93,11 @@ def save(snapshot: Snapshot, path: Path, group: dist.ProcessGroup | None = None)
     except (CheckpointException, OSError, RuntimeError) as error:
         if is_first and writing is not None:
             directory.abandon(writing)
+        _log.debug("%s: not saved", path, exc_info=error)
         raise CheckpointError(
-            f"{path}: the checkpoint could not be saved ({reasons(error)}). What was there before is untouched. Free "
-            "space, or save elsewhere, for example by ModelCheckpoint(dirpath=...)."
-        ) from error
+            f"{path}: the checkpoint could not be saved ({reasons(error)}). What was there before is untouched. "
+            f"{remedy(error)}ave elsewhere, for example by ModelCheckpoint(dirpath=...)."
+        ) from None
 
 
 def _begin(path: Path, is_first: bool, group: dist.ProcessGroup | None) -> Path:
@@ -100,7 +105,7 @@ def _begin(path: Path, is_first: bool, group: dist.ProcessGroup | None) -> Path:
     made: Any = None
     if is_first:
         try:
-            made = directory.begin(path)
+            made = directory.begin(path, replaces=(FILE_NAME, "latest"))  # the second is DeepSpeed's
         except OSError as error:
             made = error
     if group is not None:
@@ -141,6 +146,12 @@ def _write(snapshot: Snapshot, path: Path, writing: Path, group: dist.ProcessGro
             process_group=group,
             no_dist=group is None,
         )
+
+
+def remedy(error: BaseException) -> str:
+    """The beginning of what to do about it."""
+    is_full = any(text in reasons(error) for text in ("No space left", "quota", "too large"))
+    return "Free space, or s" if is_full else "S"
 
 
 def reasons(error: BaseException) -> str:

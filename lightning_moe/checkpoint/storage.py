@@ -103,6 +103,7 @@ def write_file(path: Path, items: list[WriteItem], planner: SavePlanner) -> None
         tensors[item.index.fqn] = data if _take(memory, data) else data.clone()
         offsets[item.index.fqn] = {"saved_offsets": list(item.tensor_data.chunk.offsets)}
     save_file(tensors, path, metadata={_OFFSETS: json.dumps(offsets), "format": "pt"})
+    path.chmod(path.parent.stat().st_mode & 0o666)  # safetensors makes files for its user alone
 
 
 def _take(memory: dict[int, list[tuple[int, int]]], tensor: Tensor) -> bool:

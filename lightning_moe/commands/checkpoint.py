@@ -17,7 +17,7 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 from lightning_moe.checkpoint import Checkpoint, CheckpointError, export
 from lightning_moe.checkpoint.exporting import SHARD_BYTES
 from lightning_moe.checkpoint.manifest import FILE_NAME, OnProgress, problems
-from lightning_moe.commands.description import as_text, count, describe, size_text
+from lightning_moe.commands.description import as_text, count, describe, other_sizes, size_text
 
 _DTYPES = {"stored": None, "fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -100,12 +100,15 @@ def _add_path(parser: ArgumentParser) -> None:
 
 
 def _inspect(given: Any) -> int:
-    description = describe(Checkpoint(given.path))
+    checkpoint = Checkpoint(given.path)
+    description = describe(checkpoint)
     if given.json:
         sys.stdout.write(json.dumps(description, indent=2) + "\n")
     else:
         sys.stdout.write(as_text(description, every_tensor=given.all))
-    return 0
+    wrong = [f"{path}: is missing or of another size\n" for path in other_sizes(checkpoint)]
+    sys.stderr.write("".join(wrong))
+    return 1 if wrong else 0
 
 
 def _verify(given: Any) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import textwrap
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -62,6 +63,12 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
         "files": files,
         "size": sum(file["size"] for file in files),
     }
+
+
+def other_sizes(checkpoint: Checkpoint) -> list[Path]:
+    """Files that are not there, or not of the size with which they were written; none is read."""
+    paths = {checkpoint.path / name: stored.size for name, stored in checkpoint.manifest.files.items()}
+    return [path for path, size in paths.items() if not path.is_file() or path.stat().st_size != size]
 
 
 def as_text(description: Mapping[str, Any], every_tensor: bool = False) -> str:

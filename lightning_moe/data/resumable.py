@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import islice
@@ -52,12 +53,23 @@ class ResumableDataLoader(DataLoader[T_co]):
         epoch, resumed, self._resumed = self._epoch, self._resumed, None
         epoch.skip, epoch.drawn_from = 0, self._generators()
         if resumed is not None:
-            epoch.skip, epoch.drawn_from = resumed["batches"], {key: resumed[key] for key in epoch.drawn_from}
-            if self.generator is not None:
-                self.generator.set_state(epoch.drawn_from["own"])
-            if resumed["sampler"] is not None:
-                # Lightning does so itself, but workers have taken their first batches by then.
-                self.sampler.set_epoch(resumed["sampler"])  # type: ignore[attr-defined]
+            epoch.skip = resumed["batches"]
+            is_another = (resumed["sampler"] is None) != (self._sampler_epoch(0) is None)
+            if is_another or not epoch.drawn_from.keys() <= resumed.keys():
+                if epoch.skip:
+                    warnings.warn(
+                        f"The order of this epoch was drawn by another sampler than {type(self.sampler).__name__}, or "
+                        "from another generator, as on one process and on several: of its data, some comes twice and "
+                        "some not at all. From the next epoch on all is well.",
+                        stacklevel=2,
+                    )
+            else:
+                epoch.drawn_from = {key: resumed[key] for key in epoch.drawn_from}
+                if self.generator is not None:
+                    self.generator.set_state(epoch.drawn_from["own"])
+                if resumed["sampler"] is not None:
+                    # Lightning does so itself, but workers have taken their first batches by then.
+                    self.sampler.set_epoch(resumed["sampler"])  # type: ignore[attr-defined]
         return epoch.count(super().__iter__())
 
     def _sampler_epoch(self, further: int) -> int | None:

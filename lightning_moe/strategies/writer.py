@@ -89,6 +89,8 @@ class CheckpointWriter:
         """Removes a checkpoint as soon as the one that takes its place is whole; not at all if that one failed."""
         if self._pending is not None:
             self._to_remove.append(path)
+        elif self._last_failed and not path.exists():
+            return  # it failed itself
         elif self._last_failed:
             rank_zero_info(f"{path}: stays, because the checkpoint that was to take its place could not be saved")
         elif dist.get_rank() == 0:

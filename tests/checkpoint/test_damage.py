@@ -125,11 +125,15 @@ def test_no_manifest_is_no_checkpoint(saved: Path) -> None:
     (saved / FILE_NAME).unlink()
     assert not is_checkpoint(saved)
     assert refused(saved) == (
-        f"{saved}: is not a checkpoint: it has no {FILE_NAME}, which is written last. Whole checkpoints beside it: "
-        f"{whole}."
+        f"{saved}: is not a checkpoint: it has no {FILE_NAME}, so that it is none or was never finished. Checkpoints "
+        f"beside it, newest first: {whole}."
     )
     nowhere = saved.with_name("nowhere") / "c.ckpt"
-    assert refused(nowhere) == f"{nowhere}: is not a checkpoint: it does not exist. There is no other beside it."
+    assert refused(nowhere) == f"{nowhere}: is not a checkpoint: it does not exist. There is none beside it."
+    newer = make(saved.with_name("1.ckpt"))
+    assert refused(saved.parent) == (
+        f"{saved.parent}: is not a checkpoint, but holds some. Give the path of one: {newer}, {whole}."
+    )
 
 
 def edit(path: Path, **changes: Any) -> None:
@@ -180,8 +184,8 @@ def test_what_could_not_be_read_back_is_not_saved() -> None:
     with pytest.raises(CheckpointError) as caught:
         check_readable({"callbacks": {"Mine": {"ok": 1, "state": Local()}}}, "checkpoint")
     assert str(caught.value).startswith("checkpoint['callbacks']['Mine']['state']: cannot be saved, because ")
-    with pytest.raises(CheckpointError, match=r"checkpoint\['x'\]: .* because it holds a argparse\.Namespace, "):
-        check_readable({"x": argparse.Namespace(a=1)}, "checkpoint")
+    with pytest.raises(CheckpointError, match=r"checkpoint\['x'\]: .* because it holds argparse\.ArgumentParser, "):
+        check_readable({"x": argparse.ArgumentParser}, "checkpoint")
     check_readable(plain({"path": Path("a"), "layout": Checkpoint.__name__, "n": (1, [2.0, None])}), "checkpoint")
 
 
@@ -252,6 +256,37 @@ def test_a_folder_that_may_not_be_written(saved: Path) -> None:
     assert said.startswith(f"{saved}: the checkpoint could not be saved (Permission denied: {saved.parent}/.writing")
 
 
+@pytest.mark.parametrize("name", ["a.ckpt", ""])
+def test_a_folder_with_something_else_is_not_replaced(name: str, tmp_path: Path) -> None:
+    """As by a slip: ``trainer.save_checkpoint(dirpath)``."""
+    path = tmp_path / name
+    make(path / "in it.ckpt")
+    with pytest.raises(CheckpointError) as caught:
+        make(path, 2.0)
+    assert str(caught.value) == (
+        f"{path}: the checkpoint could not be saved (there is a folder with other files, which would be lost: {path}). "
+        "What was there before is untouched. Save elsewhere, for example by ModelCheckpoint(dirpath=...)."
+    )
+    assert float(read_weights(path / "in it.ckpt")["w"][0, 0]) == 1.0
+
+
+def test_a_folder_of_deepspeeds_and_an_empty_one_are_replaced(tmp_path: Path) -> None:
+    (tmp_path / "a.ckpt").mkdir()
+    (tmp_path / "a.ckpt" / "latest").write_text("checkpoint")
+    (tmp_path / "b.ckpt").mkdir()
+    for name in ("a.ckpt", "b.ckpt"):
+        assert float(read_weights(make(tmp_path / name, 2.0))["w"][0, 0]) == 2.0
+
+
+def test_files_have_the_mode_of_others(tmp_path: Path) -> None:
+    before = os.umask(0o002)
+    try:
+        path = make(tmp_path / "a.ckpt")
+    finally:
+        os.umask(before)
+    assert {oct(file.stat().st_mode & 0o777) for file in path.iterdir()} == {"0o664"}
+
+
 def test_the_place_of_a_file_is_taken(tmp_path: Path) -> None:
     """A file of Lightning's, and a link, go when a folder takes their name."""
     torch.save({}, tmp_path / "last.ckpt")
@@ -277,7 +312,7 @@ def test_another_model_is_refused_by_its_first_differences(tmp_path: Path) -> No
         "  layer2.w: [4, 3] in the checkpoint, [8, 3] in the model\n"
         "  layer0.w: only in the checkpoint\n"
         "  new: only in the model\n"
-        "Load it into the model that was saved."
+        "Build the model that was saved, or pass strict_loading=False for names that only one has."
     )
     both = Checkpoint(tmp_path / "a.ckpt").check({"layer7.w": (4, 8), "new": (2,)}, strict=False)
     assert both == ["layer7.w"]

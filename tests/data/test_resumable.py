@@ -121,3 +121,23 @@ def test_an_iterable_dataset_is_refused() -> None:
 
     with pytest.raises(TypeError, match="dataset=Stream: is an IterableDataset, whose position only it knows"):
         ResumableDataLoader(Stream())
+
+
+@pytest.mark.parametrize("kinds", [("of one rank", "shuffled"), ("shuffled", "of one rank"),
+                                   ("shuffled", "shuffled by its own generator")])  # fmt: skip
+def test_an_order_that_cannot_be_continued_is_warned_of(kinds: tuple[str, str]) -> None:
+    """As when what ranks saved resumes in one process without a strategy."""
+
+    def make(kind: str) -> Any:
+        data = Numbers()
+        return ResumableDataLoader(data, batch_size=2, **KINDS[kind](data))
+
+    saved = make(kinds[0])
+    for _ in islice(iter(saved), 3):
+        pass
+    resumed = make(kinds[1])
+    resumed.load_state_dict(saved.state_dict())
+    with pytest.warns(UserWarning, match="The order of this epoch was drawn by another sampler than"):
+        rest = batches(resumed)
+    assert len(rest) == len(resumed) - 3
+    assert len(batches(resumed)) == len(resumed), "the next epoch is a whole one"
