@@ -1,14 +1,10 @@
-"""What becomes of checkpoints while a run goes on: failures, saving in the background, signals, unusual modules."""
+"""What becomes of checkpoints while a run goes on: failures, and saving in the background."""
 
 from __future__ import annotations
 
-import logging
 import os
-import signal
 import time
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -20,21 +16,15 @@ import pytest
 import torch
 import torch.distributed as dist
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.plugins.environments import SLURMEnvironment
-from lightning.pytorch.strategies import DeepSpeedStrategy
-from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
-from torch import Tensor, nn
-from torchmetrics import MeanMetric
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import nn
 
 from lightning_moe import ExpertParallelStrategy, MoEConfig
-from lightning_moe.checkpoint import Checkpoint, CheckpointError, is_checkpoint, read_weights, storage
-from lightning_moe.data import ResumableDataLoader
-from lightning_moe.engine import deepspeed as engine
+from lightning_moe.checkpoint import Checkpoint, CheckpointError, read_weights, storage
 from lightning_moe.strategies import writer
-from lightning_moe.testing.state import full_state
 from tests.callbacks.runs import quiet
 from tests.strategies.test_resume import Recording, of_rank
-from tests.toy import CONFIG, Toy
+from tests.toy import CONFIG
 
 
 def trainer_of(world: int = 2, ep_size: int = 2, stage: int = 1, **options: Any) -> L.Trainer:
@@ -292,256 +282,3 @@ def copied_at_once(folder: str) -> None:
 
 def test_the_copy_is_of_its_moment(get_pool: Any, tmp_path: Path) -> None:
     get_pool(2).run(copied_at_once, str(tmp_path))
-
-
-# ----------------------------------------------------------------------------------------- signals
-
-
-def preempted(folder: str, rank: int, callbacks_save: bool, accumulate: int) -> dict[str, Any]:
-    """One rank gets SIGTERM in the middle of a step; then the run is started again."""
-
-    class Killed(Recording):
-        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-            loss = super().training_step(batch, batch_idx)
-            if len(self.losses) == 3 and dist.get_rank() == rank:
-                os.kill(os.getpid(), signal.SIGTERM)
-            return loss
-
-    def data() -> Any:
-        plain = of_rank(2)
-        return ResumableDataLoader(plain.dataset, batch_size=plain.batch_size, sampler=plain.sampler)
-
-    def run(model: Toy, path: str | None) -> L.Trainer:
-        saver = ModelCheckpoint(folder, every_n_train_steps=100, save_on_exception=callbacks_save)
-        trainer = trainer_of(max_epochs=4, callbacks=[saver], accumulate_grad_batches=accumulate)
-        trainer.fit(model, data(), ckpt_path=path)
-        return trainer
-
-    whole = Recording()
-    trainer_of(max_epochs=4, accumulate_grad_batches=accumulate).fit(whole, data())
-    killed = Killed()
-    with pytest.raises(SIGTERMException) as caught:
-        run(killed, None)
-    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL, "Lightning's handlers stayed"
-    dist.barrier()
-    left = names(Path(folder))
-    resumed = Recording()
-    run(resumed, "last")
-    return {"steps": len(killed.losses), "left": left, "code": caught.value.code,
-            "same": whole.losses[len(killed.losses):] == resumed.losses}  # fmt: skip
-
-
-@pytest.mark.parametrize(
-    ("rank", "callbacks_save", "accumulate", "batches", "left"),
-    [  # asked with batch 4, heard of with 5; the end of the next step
-        (0, False, 1, 5, "last.ckpt"),
-        (1, False, 2, 6, "last.ckpt"),
-        (1, True, 1, 5, "epoch=1-step=5.ckpt last.ckpt"),
-    ],
-)
-def test_sigterm_on_any_rank_saves_and_ends_all(
-    rank: int, callbacks_save: bool, accumulate: int, batches: int, left: str, get_pool: Any, tmp_path: Path
-) -> None:
-    ranks = get_pool(2).run(preempted, str(tmp_path), rank, callbacks_save, accumulate)
-    assert ranks[0] == ranks[1]
-    assert ranks[0]["steps"] == batches
-    assert ranks[0]["left"] == left.split()
-    assert ranks[0]["code"] == SIGTERMException().code
-    assert ranks[0]["same"]
-
-
-def requeued(folder: str) -> dict[str, Any]:
-    """SLURM's signal comes to one rank in the middle of a step."""
-    rank, world = dist.get_rank(), dist.get_world_size()
-    slurm = {"PROCID": rank, "LOCALID": rank, "NODEID": 0, "NTASKS": world, "NTASKS_PER_NODE": world, "JOB_ID": 17}
-    os.environ.update({f"SLURM_{name}": str(value) for name, value in slurm.items()})
-    scontrol = Path(folder) / "bin" / "scontrol"
-    if rank == 0:
-        scontrol.parent.mkdir()
-        scontrol.write_text(f'#!/bin/sh\necho "$@" > {folder}/said')
-        scontrol.chmod(0o755)
-    dist.barrier()
-    os.environ["PATH"] = f"{scontrol.parent}:{os.environ['PATH']}"
-
-    class Signalled(Recording):
-        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-            loss = super().training_step(batch, batch_idx)
-            if len(self.losses) == 2 and dist.get_rank() == 1:
-                os.kill(os.getpid(), signal.SIGUSR1)
-            return loss
-
-    plugins = [SLURMEnvironment(auto_requeue=True)]
-    common: dict[str, Any] = {"plugins": plugins, "max_epochs": 3, "default_root_dir": folder}
-    trainer_of(**common).fit(whole := Signalled(), of_rank(2))
-    path = str(Path(folder) / "hpc_ckpt_1.ckpt")
-    step = Checkpoint(path).manifest.step
-    trainer_of(max_epochs=3).fit(resumed := Recording(), of_rank(2), ckpt_path=path)
-    return {"step": step, "said": (Path(folder) / "said").read_text().split(), "steps": len(whole.losses),
-            "same": whole.losses[step:] == resumed.losses, "handler": signal.getsignal(signal.SIGUSR1)}  # fmt: skip
-
-
-def test_slurms_signal_saves_and_requeues(get_pool: Any, tmp_path: Path) -> None:
-    ranks = get_pool(2).run(requeued, str(tmp_path))
-    assert ranks[0] == {"step": 4, "said": ["requeue", "17"], "steps": 12, "same": True, "handler": signal.SIG_DFL}
-    assert ranks[1] == ranks[0]
-
-
-# ---------------------------------------------------------------------------------- unusual modules
-
-
-class Unusual(Recording):
-    """With buffers of several kinds, a frozen part, a tied and an empty parameter, a metric."""
-
-    def __init__(self, with_empty: bool) -> None:
-        self.with_empty = with_empty
-        super().__init__()
-
-    def build(self) -> None:
-        super().build()
-        self.norm = nn.BatchNorm1d(3)
-        self.conv = nn.Conv2d(4, 4, 3)
-        self.register_buffer("strided", torch.arange(6.0).view(2, 3).t())
-        self.frozen = nn.Linear(4, 3)
-        self.frozen.requires_grad_(False)
-        self.again = self.out
-        if self.with_empty:  # which DeepSpeed's ZeRO 3 cannot run
-            self.empty = nn.Parameter(torch.zeros(0, 3), requires_grad=False)
-        self.register_buffer("no_elements", torch.zeros(0))
-        self.register_buffer("count", torch.zeros((), dtype=torch.int64))
-        self.register_buffer("not_saved", torch.zeros(2), persistent=False)
-        self.accuracy = MeanMetric()
-        self.accuracy.persistent(True)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = super().forward(x)
-        image = self.conv(x.new_ones(1, 4, 4, 4)).sum()
-        return self.norm(y.transpose(1, 2)).transpose(1, 2) + 0.01 * image + self.frozen(x[..., :4])
-
-    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        self.count += 1
-        loss = super().training_step(batch, batch_idx)
-        self.accuracy.update(loss.detach())
-        return loss
-
-
-def unusual(folder: str, stage: int, precision: Any, elsewhere: tuple[int, int]) -> dict[str, Any]:
-    path, with_empty = str(Path(folder) / "a.ckpt"), 3 not in (stage, elsewhere[1])
-    whole = trainer_of(
-        stage=stage, max_steps=7, precision=precision, callbacks=[Step(lambda t: t.save_checkpoint(path), 4)]
-    )
-    whole.fit(model := Unusual(with_empty), of_rank(2))
-    torch.manual_seed(9)
-    other = Unusual(with_empty)
-    for tensor in (other.frozen.weight, other.conv.weight, other.count, other.norm.running_mean, other.strided):
-        tensor.data.fill_(7)
-    resumed = trainer_of(ep_size=elsewhere[0], stage=elsewhere[1], max_steps=7, precision=precision)
-    resumed.fit(other, of_rank(2), ckpt_path=path)
-    saved = read_weights(path)
-    return {
-        "losses": (model.losses[4:], other.losses),
-        "count": int(other.count),
-        "strided": torch.equal(other.strided, model.strided) and not other.strided.is_contiguous(),
-        "frozen": full_state(resumed)["frozen.weight"].tolist() == full_state(whole)["frozen.weight"].tolist(),
-        "metric": (float(model.accuracy.mean_value), float(other.accuracy.mean_value)),
-        "names": saved.keys() == Unusual(with_empty).state_dict().keys(),
-        "strict": bool(Unusual(with_empty).load_state_dict(saved)),
-        "dtypes": {str(saved[name].dtype) for name in ("conv.weight", "blocks.0.experts.w1")},
-    }
-
-
-@pytest.mark.parametrize(
-    ("stage", "precision", "elsewhere"),
-    [
-        (0, "32-true", (2, 0)),
-        (1, "bf16-true", (2, 1)),
-        (3, "32-true", (2, 3)),
-        (2, "32-true", (1, 3)),
-        pytest.param(3, "32-true", (1, 0), marks=pytest.mark.grid),
-        pytest.param(0, "bf16-true", (2, 0), marks=pytest.mark.grid),
-    ],
-)
-def test_everything_that_a_module_may_have(
-    stage: int, precision: str, elsewhere: tuple[int, int], get_pool: Any, tmp_path: Path
-) -> None:
-    found = get_pool(2).run(unusual, str(tmp_path), stage, precision, elsewhere)[0]
-    whole, resumed = found["losses"]
-    assert resumed == (whole if elsewhere == (2, stage) else pytest.approx(whole, abs=1e-5))
-    assert len(resumed) == 3
-    assert found["count"] == 7
-    assert found["strided"]
-    assert found["frozen"]
-    assert found["names"]
-    assert found["strict"]
-    assert found["dtypes"] == {"torch.float32"}, "masters, whatever the model computes in"
-
-
-def weights_alone(folder: str) -> dict[str, Any]:
-    saver = ModelCheckpoint(folder, filename="{step}", every_n_train_steps=2, save_weights_only=True)
-    trainer_of(max_steps=2, callbacks=[saver]).fit(model := Recording(), of_rank(2))
-    path = str(Path(folder) / "step=2.ckpt")
-    saved = Checkpoint(path)
-    validated = trainer_of(stage=3).validate(Recording(), of_rank(2), ckpt_path=path, verbose=False)
-    expected = trainer_of().validate(model, of_rank(2), verbose=False)
-    with pytest.raises(KeyError, match="checkpoint contains only the model"):
-        trainer_of(max_steps=4).fit(Recording(), of_rank(2), ckpt_path=path)
-    return {"optimizer": saved.names("optimizer/"), "validated": validated, "expected": expected}
-
-
-def test_weights_alone(get_pool: Any, tmp_path: Path) -> None:
-    found = get_pool(2).run(weights_alone, str(tmp_path))[0]
-    assert found["optimizer"] == []
-    assert found["validated"][0]["val_loss"] == pytest.approx(found["expected"][0]["val_loss"], abs=1e-6)
-
-
-# -------------------------------------------------------------------------------- DeepSpeed's format
-
-
-def of_deepspeed(folder: str, stage: int) -> dict[str, Any]:
-    """As Lightning's own DeepSpeedStrategy saves it."""
-    path = str(Path(folder) / "a.ckpt")
-
-    def save(trainer: L.Trainer) -> None:
-        strategy = trainer.strategy
-        assert isinstance(strategy, ExpertParallelStrategy)
-        with engine.plain_checkpoints(strategy.deepspeed_engine) if stage == 3 else nullcontext():
-            DeepSpeedStrategy.save_checkpoint(strategy, trainer._checkpoint_connector.dump_checkpoint(False), path)
-        dist.barrier()
-
-    trainer_of(stage=stage, max_steps=7, callbacks=[Step(save, 4)]).fit(whole := Recording(), of_rank(2))
-    with caplog_of("lightning.pytorch.utilities.rank_zero") as said:
-        trainer_of(stage=stage, max_steps=7).fit(resumed := Recording(), of_rank(2), ckpt_path=path)
-    refused = ""
-    if stage == 3:
-        with pytest.raises(CheckpointError) as caught:
-            trainer_of(stage=stage).validate(Recording(), of_rank(2), ckpt_path=path, verbose=False)
-        refused = str(caught.value)
-    return {
-        "losses": (whole.losses[4:], resumed.losses),
-        "said": said,
-        "refused": refused,
-        "new": is_checkpoint(Path(path)),
-    }
-
-
-@contextmanager
-def caplog_of(name: str) -> Iterator[list[str]]:
-    said: list[str] = []
-    handler = logging.Handler()
-    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
-    logging.getLogger(name).addHandler(handler)
-    try:
-        yield said
-    finally:
-        logging.getLogger(name).removeHandler(handler)
-
-
-@pytest.mark.parametrize("stage", [0, 1, 3, pytest.param(2, marks=pytest.mark.grid)])
-def test_a_checkpoint_of_deepspeeds_format_loads_with_a_hint(stage: int, get_pool: Any, tmp_path: Path) -> None:
-    found = get_pool(2).run(of_deepspeed, str(tmp_path), stage)[0]
-    whole, resumed = found["losses"]
-    assert resumed == whole
-    assert len(resumed) == 3
-    assert not found["new"]
-    hint = [text for text in found["said"] if "is of DeepSpeed's format, which resumes only in the layout" in text]
-    assert len(hint) == 1
-    assert ("save anew with trainer.save_checkpoint" in found["refused"]) == (stage == 3)
