@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -76,16 +77,14 @@ def tied_names(module: nn.Module) -> dict[str, str]:
 
 def all_names(logical: Mapping[str, Logical], groups: ExpertGroups) -> dict[str, tuple[int, ...]]:
     """The shapes of what all ranks together have, by name: also the experts that are on other ranks as modules."""
+    local = Counter(_NATIVE_EXPERT.sub("", entry.name) for entry in logical.values())
     shapes = {}
     for entry in logical.values():
         place = _NATIVE_EXPERT.search(entry.name)
         if place is None:
             shapes[entry.name] = entry.shape
             continue
-        of_this_kind = [
-            e for e in logical.values() if _NATIVE_EXPERT.sub("", e.name) == _NATIVE_EXPERT.sub("", entry.name)
-        ]
-        for number in range(groups.ep_size * len(of_this_kind)):
+        for number in range(groups.ep_size * local[_NATIVE_EXPERT.sub("", entry.name)]):
             shapes[f"{entry.name[: place.start()]}{number}{entry.name[place.end() :]}"] = entry.shape
     return shapes
 

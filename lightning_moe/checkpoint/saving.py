@@ -23,7 +23,6 @@ from lightning_moe.checkpoint.storage import SafetensorsWriter, quiet
 RUN_FILE = "run.pt"
 RANKS_FILE = "ranks.pt"
 
-
 _log = logging.getLogger(__name__)
 
 
@@ -96,7 +95,7 @@ def save(snapshot: Snapshot, path: Path, group: dist.ProcessGroup | None = None)
         _log.debug("%s: not saved", path, exc_info=error)
         raise CheckpointError(
             f"{path}: the checkpoint could not be saved ({reasons(error)}). What was there before is untouched. "
-            f"{remedy(error)}ave elsewhere, for example by ModelCheckpoint(dirpath=...)."
+            f"{_remedy(reasons(error))}, for example by ModelCheckpoint(dirpath=...)."
         ) from None
 
 
@@ -148,10 +147,9 @@ def _write(snapshot: Snapshot, path: Path, writing: Path, group: dist.ProcessGro
         )
 
 
-def remedy(error: BaseException) -> str:
-    """The beginning of what to do about it."""
-    is_full = any(text in reasons(error) for text in ("No space left", "quota", "too large"))
-    return "Free space, or s" if is_full else "S"
+def _remedy(why: str) -> str:
+    is_full = any(text in why for text in ("No space left", "quota", "too large"))
+    return "Free space, or save elsewhere" if is_full else "Save elsewhere"
 
 
 def reasons(error: BaseException) -> str:
