@@ -17,6 +17,7 @@ from lightning_moe.checkpoint.loading import MODEL, Checkpoint, moment_name, nam
 from lightning_moe.checkpoint.manifest import is_checkpoint
 from lightning_moe.checkpoint.objects import read_objects
 from lightning_moe.checkpoint.pieces import Pieces
+from lightning_moe.checkpoint.progress import before_epoch_end
 
 
 class MoECheckpointIO(TorchCheckpointIO):
@@ -45,6 +46,8 @@ def as_lightning(saved: Checkpoint) -> dict[str, Any]:
     saved.verify()
     run = saved.run()
     whole = dict(run["lightning"])
+    if "loops" in whole:
+        whole["loops"] = {**whole["loops"], "fit_loop": before_epoch_end(whole["loops"]["fit_loop"], max_epochs=None)}
     whole["state_dict"] = saved.state_dict()
     if "optimizer_groups" not in run:
         return whole

@@ -19,12 +19,12 @@ from lightning_moe.checkpoint.agreement import agreed
 from lightning_moe.checkpoint.deepspeed_format import check_layout
 from lightning_moe.checkpoint.logical import tied_names
 from lightning_moe.checkpoint.manifest import SavedLayout
+from lightning_moe.checkpoint.progress import before_epoch_end, is_within_epoch
 from lightning_moe.checkpoint.saving import Snapshot
 from lightning_moe.checkpoint.single import LightningFile
 from lightning_moe.engine import deepspeed as engine
 from lightning_moe.parallel import ExpertGroups
 from lightning_moe.strategies.preemption import Preemption
-from lightning_moe.strategies.progress import before_epoch_end, is_within_epoch
 from lightning_moe.strategies.run_state import OptimizerGroups, RunState, set_rng_states
 from lightning_moe.strategies.writer import CheckpointWriter, OnSaveError
 

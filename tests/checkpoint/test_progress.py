@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from lightning_moe.strategies.progress import before_epoch_end, is_within_epoch
+from lightning_moe.checkpoint import MoECheckpointIO
+from lightning_moe.checkpoint.pieces import Piece
+from lightning_moe.checkpoint.progress import before_epoch_end, is_within_epoch
+from lightning_moe.checkpoint.saving import Snapshot, save
 
 
 def loop(
@@ -56,3 +61,11 @@ def test_everything_else_is_left_alone(saved: dict[str, Any], max_epochs: int) -
 )
 def test_within_an_epoch(saved: dict[str, Any], expected: bool) -> None:
     assert is_within_epoch(saved) == expected
+
+
+def test_a_trainer_without_the_strategy_gets_it_so(tmp_path: Path) -> None:
+    run = {"lightning": {"loops": {"fit_loop": loop(5, True, (2, 2, 1)), "other": 1}}, "extra_state": {}}
+    save(Snapshot({"model/w": Piece((2,), 0, torch.ones(2))}, run=run), tmp_path / "a.ckpt")
+    loops = MoECheckpointIO().load_checkpoint(tmp_path / "a.ckpt")["loops"]
+    assert loops == {"fit_loop": before_epoch_end(loop(5, True, (2, 2, 1)), None), "other": 1}
+    assert loops["fit_loop"] != loop(5, True, (2, 2, 1))
