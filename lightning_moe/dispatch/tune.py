@@ -17,6 +17,7 @@ from torch import Tensor
 
 from lightning_moe.dispatch.base import Dispatcher, FixedShape
 from lightning_moe.parallel import ExpertGroups
+from lightning_moe.parallel.autograd import in_backward
 
 
 class DispatchTuner:
@@ -64,7 +65,7 @@ class DispatchTuner:
     @property
     def current(self) -> Dispatcher[Any]:
         """What to use in a forward that begins now."""
-        if self.chosen is not None and self._under_way == 0 and not _in_backward():
+        if self.chosen is not None and self._under_way == 0 and not in_backward():
             self._current = self.candidates[self.chosen]
         return self._current
 
@@ -84,7 +85,7 @@ class DispatchTuner:
         if not has_gradient or (self.chosen is not None and self._under_way == 0):
             return x_TD, topk_scores_TK
         batch = x_TD.detach(), topk_ids_TK, topk_scores_TK.detach(), kept_TK, shape
-        is_first = not _in_backward()  # and no recomputation, whose graph may never have a backward
+        is_first = not in_backward()  # and no recomputation, whose graph may never have a backward
 
         def attempt() -> None:
             self._under_way -= is_first
@@ -141,10 +142,6 @@ class DispatchTuner:
             y_TD = torch.cat([part.wait() for part in leaving])
             torch.autograd.grad(y_TD, (x_TD, scores_TK), torch.ones_like(y_TD))
             return _now(x_TD.device) - start
-
-
-def _in_backward() -> bool:
-    return torch._C._current_graph_task_id() != -1  # as torch.utils.checkpoint knows it
 
 
 def _now(device: torch.device) -> float:

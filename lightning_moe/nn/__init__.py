@@ -2,6 +2,7 @@
 
 from lightning_moe.nn.balance import importance_loss, load_balancing_loss, load_loss, router_z_loss
 from lightning_moe.nn.capacity import expert_capacity, keep_within_capacity, move_to_next_expert
+from lightning_moe.nn.decision import Decision
 from lightning_moe.nn.dense import ResidualMLP, SharedMLP
 from lightning_moe.nn.experts import GroupedExperts
 from lightning_moe.nn.layer import MoE
@@ -15,11 +16,12 @@ from lightning_moe.nn.router import (
     register_router,
     sinkhorn,
 )
-from lightning_moe.nn.tap import LossWeights, RoutingStats, RoutingTap
+from lightning_moe.nn.tap import LossWeights, RoutingStats, RoutingTap, Watcher
 from lightning_moe.nn.tokens import Tokens
 
 __all__ = [
     "ROUTERS",
+    "Decision",
     "GroupedExperts",
     "LearnedRouter",
     "LossWeights",
@@ -32,6 +34,7 @@ __all__ = [
     "SharedMLP",
     "Tokens",
     "TopKRouter",
+    "Watcher",
     "expert_capacity",
     "importance_loss",
     "keep_within_capacity",

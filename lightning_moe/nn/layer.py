@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from lightning_moe.config import MoEConfig
 from lightning_moe.dispatch import Dispatcher, FixedShape, make_dispatcher, make_tuner
+from lightning_moe.nn.decision import Decision
 from lightning_moe.nn.dense import ResidualMLP, SharedMLP
 from lightning_moe.nn.experts import GroupedExperts
 from lightning_moe.nn.placing import place
@@ -169,7 +170,7 @@ class MoE(nn.Module):
         routing, shape = place(chosen, tokens, self.router, dispatcher, self._agreed_shapes.get(mode))
         if shape is not None:
             self._agreed_shapes[mode] = shape
-        tie = self.tap.prepare(chosen, routing, tokens) if self.training else None
+        tie = self.tap.prepare(Decision(chosen, routing, tokens))
         routes = dispatcher.plan(routing.topk_ids_TK, routing.kept_TK, shape, self.config.overlap_chunks)
         scores_TK = routing.topk_scores_TK
         travelling = x_TD, scores_TK.to(torch.promote_types(scores_TK.dtype, torch.float32))
@@ -179,9 +180,9 @@ class MoE(nn.Module):
         shared_TD = None if self.shared_mlp is None else self.shared_mlp(x_TD)  # while tokens travel
         leaving = [dispatcher.combine(self.experts(part.x_AD, part.weights_AK, part.plan), part) for part in arriving]
         y_TD = leaving[0].wait() if len(leaving) == 1 else torch.cat([part.wait() for part in leaving])
-        if tie is not None:
+        if self.training:
             self._warn_if_unbalanced(chosen)
-            y_TD = tie(y_TD)
+        y_TD = tie(y_TD)
         if shared_TD is not None:
             y_TD = y_TD + shared_TD
         if self.residual is not None:

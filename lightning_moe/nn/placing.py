@@ -47,7 +47,8 @@ def place(
     # A rank with a short batch must not disagree about shapes.
     largest, largest_valid = dispatcher.largest([tokens.num_tokens, tokens.num_valid], tokens.device)
     settings = config.num_experts, chosen.topk_ids_TK.shape[1], factor, config.min_capacity
-    routing = _within(expert_capacity(largest_valid, *settings), chosen, tokens, router)
+    capacity = expert_capacity(largest_valid, *settings)
+    routing = _within(capacity, chosen, tokens, router)._replace(capacity=capacity)
     if not config.pad_to_capacity:
         return routing, None
     if is_capturing():
@@ -89,6 +90,7 @@ def _cut_off_unused(
         topk_ids_TK=chosen.topk_ids_TK[:, :width],
         topk_scores_TK=chosen.topk_scores_TK[:, :width],
         kept_TK=chosen.assigned_TK[:, :width],
+        capacity=router.rows_per_expert(tokens.num_valid, tokens.training).minimum(tokens.num_valid),
     )
     if not config.pad_to_capacity:
         return routing, None

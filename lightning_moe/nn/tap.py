@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -25,8 +25,8 @@ from lightning_moe.nn.balance import (
     router_z_loss,
     tokens_per_expert,
 )
-from lightning_moe.nn.router import Routing
-from lightning_moe.nn.tokens import Tokens
+from lightning_moe.nn.decision import Decision
+from lightning_moe.parallel.autograd import in_backward
 
 Scope = Literal["micro_batch", "sequence", "global_batch"]
 
@@ -63,6 +63,18 @@ class RoutingStats:
     num_rerouted: Tensor
 
 
+class Watcher(Protocol):
+    """Counts what a layer decides, each micro-batch once."""
+
+    def look(self, decision: Decision, /) -> Any:
+        """Makes of it what is to be counted: small, detached. Called in every forward, also in a recomputation."""
+        ...
+
+    def count(self, looked: Any, /) -> None:
+        """Gets what :meth:`look` returned, once a micro-batch."""
+        ...
+
+
 class RoutingTap:
     """A layer's outlet to callbacks. It does nothing, at no cost, until somebody uses it.
 
@@ -77,6 +89,9 @@ class RoutingTap:
         load: Whether the load loss is taken, too.
         balanced: Whether the load is kept even by something else than a loss.
         observers: Called in backward with the :class:`RoutingStats` of each micro-batch.
+        watchers: Look in forward, and count in backward.
+        eval_watchers: The same where the layer is evaluated, at once. Whoever joins them leaves them in time: the tap
+            cannot tell a sanity check from a validation.
     """
 
     def __init__(self) -> None:
@@ -88,31 +103,35 @@ class RoutingTap:
         self.load = False
         self.balanced = False
         self.observers: list[Callable[[RoutingStats], None]] = []
+        self.watchers: list[Watcher] = []
+        self.eval_watchers: list[Watcher] = []
         self._counts_of_step: Tensor | int = 0
 
     @property
     def in_use(self) -> bool:
         """Whether anybody weighs the losses or looks at the statistics."""
-        return bool(self.observers) or self.loss_weights is not None
+        return bool(self.observers or self.watchers) or self.loss_weights is not None
 
     def begin_step(self) -> None:
         """Forgets the micro-batches of the optimizer step before."""
         self._counts_of_step = 0
 
-    def prepare(self, chosen: Routing, placed: Routing, tokens: Tokens) -> Callable[[Tensor], Tensor]:
+    def prepare(self, decision: Decision) -> Callable[[Tensor], Tensor]:
         """Takes the losses, for what it returns to tie them to the layer's output, whose values stay as they are.
 
         Before tokens are dispatched, so that activation checkpointing, which recomputes up to the last tensor that
         backward needs, has no need to compute and send back the experts' outputs again.
 
         Args:
-            chosen: What the router chose.
-            placed: What became of it under a capacity.
-            tokens: The tokens.
+            decision: What the layer decided.
         """
+        if not decision.tokens.training:
+            self._look_on(decision)
+            return _untied
         if not (self.in_use and torch.is_grad_enabled()):
             return _untied
         # Nothing here may depend on the weights: those of this micro-batch come after its forward.
+        chosen, tokens = decision.chosen, decision.tokens
         length = tokens.sequence_length if self.scope == "sequence" else None
         probs_TE = chosen.scores_TE if chosen.probs_TE is None else chosen.probs_TE
         probs_GE = mean_probabilities(probs_TE, tokens.valid_T, length)
@@ -124,23 +143,33 @@ class RoutingTap:
             )
         if self.load and chosen.load_TE is not None:
             load = load_loss(chosen.load_TE, tokens.valid_T)
-        counts_GE = tokens_per_expert(chosen.topk_ids_TK, chosen.num_experts, chosen.assigned_TK, length)
+        if length is None:
+            counts_GE = decision.tokens_per_expert_E.unsqueeze(0)
+        else:
+            counts_GE = tokens_per_expert(chosen.topk_ids_TK, chosen.num_experts, chosen.assigned_TK, length)
         stats = RoutingStats(
             z.new_zeros(()),  # the load-balancing loss is known in backward
             z.detach(),
             importance.detach(),
             load.detach(),
-            counts_GE.sum(0),
-            *_dropped_and_rerouted(chosen, placed),
+            decision.tokens_per_expert_E,
+            decision.num_dropped,
+            decision.num_rerouted,
         )
+        looked = [(watcher, watcher.look(decision)) for watcher in self.watchers]
 
         def tie(y_TD: Tensor) -> Tensor:
             if not y_TD.requires_grad:
                 return y_TD
-            tied: Tensor = _Tie.apply(y_TD, probs_GE, z, importance, load, self, counts_GE, stats)
+            tied: Tensor = _Tie.apply(y_TD, probs_GE, z, importance, load, self, counts_GE, stats, looked)
             return tied
 
         return tie
+
+    def _look_on(self, decision: Decision) -> None:
+        if self.eval_watchers and not in_backward():  # where a recomputation would be counted again
+            for watcher in self.eval_watchers:
+                watcher.count(watcher.look(decision))
 
     def shares_of(self, counts_GE: Tensor) -> Tensor:
         """The counts over which f is taken. Collective over the ranks with other data for ``global_batch``."""
@@ -153,15 +182,6 @@ class RoutingTap:
 
 def _untied(y_TD: Tensor) -> Tensor:
     return y_TD
-
-
-def _dropped_and_rerouted(chosen: Routing, placed: Routing) -> tuple[Tensor, Tensor]:
-    """Numbers of dropped and of rerouted assignments."""
-    if placed.kept_TK is None:
-        return chosen.topk_ids_TK.new_zeros(()), chosen.topk_ids_TK.new_zeros(())
-    width = placed.kept_TK.shape[1]  # places beyond were cut off because nothing was assigned there
-    lost_TK = ~placed.kept_TK if chosen.assigned_TK is None else ~placed.kept_TK & chosen.assigned_TK[:, :width]
-    return lost_TK.sum(), (placed.topk_ids_TK != chosen.topk_ids_TK[:, :width]).sum()
 
 
 class _Tie(torch.autograd.Function):
@@ -178,8 +198,9 @@ class _Tie(torch.autograd.Function):
         tap: RoutingTap,
         counts_GE: Tensor,
         stats: RoutingStats,
+        looked: list[tuple[Watcher, Any]],
     ) -> Tensor:
-        ctx.tap, ctx.stats = tap, stats
+        ctx.tap, ctx.stats, ctx.looked = tap, stats, looked
         ctx.dtypes = z.dtype, importance.dtype, load.dtype
         ctx.probs_GE, ctx.counts_GE = probs_GE.detach(), counts_GE  # not saved_tensors: see prepare
         return y_TD.view_as(y_TD)
@@ -191,6 +212,8 @@ class _Tie(torch.autograd.Function):
         stats = replace(ctx.stats, load_balancing_loss=balance_of(probs_GE, counts_GE))
         for observe in tap.observers:
             observe(stats)
+        for watcher, seen in ctx.looked:
+            watcher.count(seen)
         weights = tap.loss_weights or LossWeights()
         # full() and not tensor(), which would wait for an accelerator.
         balancing, *others = (torch.full((), w, device=grad_TD.device) * tap.loss_gradient for w in weights)
@@ -198,6 +221,7 @@ class _Tie(torch.autograd.Function):
             grad_TD,
             (balancing * balance_weights(probs_GE, counts_GE)).to(probs_GE.dtype),
             *(grad.to(dtype) for grad, dtype in zip(others, ctx.dtypes, strict=True)),
+            None,
             None,
             None,
             None,

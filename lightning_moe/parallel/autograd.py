@@ -36,3 +36,8 @@ def check_first_order() -> None:
             "create_graph=True: the gradient of a gradient does not pass through the experts of an MoE layer. Take the "
             "penalty's gradient with respect to other parts of the model only, or without create_graph."
         )
+
+
+def in_backward() -> bool:
+    """Whether this thread is in a backward pass, where a forward can only be a recomputation."""
+    return torch._C._current_graph_task_id() != -1  # as torch.utils.checkpoint knows it

@@ -13,7 +13,7 @@ from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
 from lightning_moe import MoE, MoEConfig
-from lightning_moe.nn import LossWeights, RoutingStats, Tokens
+from lightning_moe.nn import Decision, LossWeights, RoutingStats, Tokens
 from lightning_moe.nn.placing import place
 from lightning_moe.testing.reference import ReferenceMoE
 
@@ -108,7 +108,8 @@ def test_values_stay_as_they_are() -> None:
 def tap(moe: MoE, x: Tensor, y: Tensor) -> Tensor:
     tokens = Tokens(x.shape[:-1], training=True)
     chosen = moe.router(x, tokens)
-    return moe.tap.prepare(chosen, place(chosen, tokens, moe.router, moe.dispatcher)[0], tokens)(y)
+    placed, _ = place(chosen, tokens, moe.router, moe.dispatcher)
+    return moe.tap.prepare(Decision(chosen, placed, tokens))(y)
 
 
 def test_unused_it_returns_what_it_got() -> None:

@@ -31,6 +31,7 @@ class Routing(NamedTuple):
         assigned_TK: False where a place holds no assignment: the token is padding, or fewer than K experts chose it;
             ``None`` is nowhere.
         load_TE: Probability of every expert to be selected again under new noise, for the load loss of noisy gates.
+        capacity: Scalar, assignments of this rank that each expert has room for; ``None`` is all.
     """
 
     logits_TE: Tensor
@@ -42,6 +43,7 @@ class Routing(NamedTuple):
     choice_TE: Tensor | None = None
     assigned_TK: Tensor | None = None
     load_TE: Tensor | None = None
+    capacity: Tensor | None = None
 
     @property
     def num_experts(self) -> int:
