@@ -52,7 +52,7 @@ class AllGatherDispatcher(Dispatcher[AllGatherRoute]):
 
     def __init__(self, num_experts: int, groups: ExpertGroups, wire_dtype: torch.dtype | None = None) -> None:
         super().__init__(num_experts, groups, wire_dtype)
-        self.group = ep_group_of(groups)
+        self.group, self.meter = ep_group_of(groups), groups.meter
         # Gloo's reduce-scatter is an all-reduce, of twice the bytes; no group at all is for tests of names.
         self.can_reduce_scatter = isinstance(self.group, dist.ProcessGroup) and dist.get_backend(self.group) != "gloo"
 
@@ -68,7 +68,7 @@ class AllGatherDispatcher(Dispatcher[AllGatherRoute]):
             counts_E = [count_ids(ids.reshape(-1), E + 1)[:E] for ids in chunks]
             counts = torch.stack([torch.cat([c.new_full((1,), n), c]) for c, n in zip(counts_E, sizes, strict=True)])
             # The layer's one host synchronisation: sender x chunk x (tokens, rows of every expert).
-            counts_of = all_gather(counts.unsqueeze(0), self.group).tolist()
+            counts_of = all_gather(counts.unsqueeze(0), self.group, self.meter).tolist()
             lengths = [max(sender[i][0] for sender in counts_of) for i in range(num_chunks)]
             mine = slice(1 + self.local_experts.start, 1 + self.local_experts.stop)
             num_rows = [sum(sum(sender[i][mine]) for sender in counts_of) for i in range(num_chunks)]
@@ -91,7 +91,9 @@ class AllGatherDispatcher(Dispatcher[AllGatherRoute]):
         def there(x_TD: Tensor, scores_TK: Tensor) -> Pending[tuple[Tensor, ...]]:
             tables = [pad(x_TD, (0, 0, 0, P - T)), pad(scores_TK, (0, 0, 0, P - T)), route.ids_PK]
             message = pack(fields, tables)
-            return start_all_gather(message, self.group).then(lambda message: received(*unpack(fields, message)))
+            return start_all_gather(message, self.group, self.meter).then(
+                lambda message: received(*unpack(fields, message))
+            )
 
         def received(x_AD: Tensor, scores_AK: Tensor, ids_AK: Tensor) -> tuple[Tensor, ...]:
             return x_AD.to(dtype), scores_AK, ids_AK
@@ -113,7 +115,7 @@ class AllGatherDispatcher(Dispatcher[AllGatherRoute]):
 
         def back(grad_TD: Tensor) -> Pending[tuple[Tensor, ...]]:
             padded = pad(grad_TD, (0, 0, 0, P - T)).to(self.on_wire(dtype))
-            return start_all_gather(padded, self.group).then(lambda grad_AD: (grad_AD.to(dtype),))
+            return start_all_gather(padded, self.group, self.meter).then(lambda grad_AD: (grad_AD.to(dtype),))
 
         return travel(there, back, y_AD).then(lambda tensors: tensors[0])
 
@@ -122,10 +124,10 @@ class AllGatherDispatcher(Dispatcher[AllGatherRoute]):
         dtype, W = shares_AD.dtype, self.groups.ep_size
         wire_dtype, wide = wire_dtype or dtype, torch.promote_types(dtype, torch.float32)
         if self.can_reduce_scatter and wire_dtype == wide:
-            return start_reduce_scatter(shares_AD, self.group).then(lambda sum_PD: sum_PD[:num_tokens])
+            return start_reduce_scatter(shares_AD, self.group, self.meter).then(lambda sum_PD: sum_PD[:num_tokens])
         # In bf16 a reduce-scatter would round every partial sum: as many bytes travel, and are summed in fp32 here.
         splits = [len(shares_AD) // W] * W
-        arriving = start_all_to_all(shares_AD.to(wire_dtype), splits, splits, self.group)
+        arriving = start_all_to_all(shares_AD.to(wire_dtype), splits, splits, self.group, self.meter)
 
         def summed(shares_AD: Tensor) -> Tensor:
             shares_WPD = shares_AD.view(W, -1, shares_AD.shape[1])[:, :num_tokens]

@@ -17,7 +17,7 @@ from typing_extensions import Self
 
 from lightning_moe.dispatch.permute import Permutation, plan_permutation
 from lightning_moe.parallel import ExpertGroups
-from lightning_moe.parallel.collectives import Pending
+from lightning_moe.parallel.collectives import Pending, max_over_ranks
 
 
 @dataclass(frozen=True)
@@ -167,7 +167,7 @@ class Dispatcher(ABC, Generic[RouteT]):
         # full() and not tensor(): that would wait for an accelerator.
         largest = torch.stack([n if isinstance(n, Tensor) else torch.full((), n, device=device) for n in numbers])
         if self.groups.ep_group is not None and self.groups.ep_size > 1:
-            dist.all_reduce(largest, dist.ReduceOp.MAX, group=self.groups.ep_group)
+            max_over_ranks(largest, self.groups.ep_group, self.groups.meter)
         return largest
 
     def on_wire(self, dtype: torch.dtype) -> torch.dtype:

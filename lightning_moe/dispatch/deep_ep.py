@@ -23,14 +23,12 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_moe.dispatch.base import Dispatched, Dispatcher, FixedShape, Route, chunk_sizes, ep_group_of
+from lightning_moe.dispatch.deep_ep_buffers import RANKS_OF_NODE, buffers_of
 from lightning_moe.dispatch.exchange import ExchangeRoute
 from lightning_moe.dispatch.fused import FusedDispatcher
 from lightning_moe.dispatch.permute import plan_permutation, triton_kernels
 from lightning_moe.parallel import ExpertGroups
 from lightning_moe.parallel.collectives import Pending, travel
-
-_RANKS_OF_NODE = 8
-"""Ranks that NVLink joins; in a larger group every 8 consecutive ranks are a node."""
 
 _MAX_LOCAL_EXPERTS = 128
 """Experts of a rank: one thread of a block counts for each."""
@@ -56,12 +54,14 @@ class DeepEPRoute(Route):
         shape: Sizes to pad to, of this part; ``None`` moves what there is.
         handle: The kernels' own notes on who sends what to whom, known once tokens are sent; they serve any number
             of ways back and forth.
+        moved: Rows to and from other ranks, scalars; 0 while nobody counts.
     """
 
     topk_ids_TK: Tensor
     kept_TK: Tensor | None
     shape: FixedShape | None
     handle: tuple[Any, ...] | None = None
+    moved: tuple[Tensor | int, Tensor | int] = (0, 0)
 
 
 class DeepEPDispatcher(Dispatcher[DeepEPRoute]):
@@ -76,7 +76,7 @@ class DeepEPDispatcher(Dispatcher[DeepEPRoute]):
 
     def __init__(self, num_experts: int, groups: ExpertGroups, wire_dtype: torch.dtype | None = None) -> None:
         super().__init__(num_experts, groups, wire_dtype)
-        self.group = ep_group_of(groups)
+        self.group, self.meter = ep_group_of(groups), groups.meter
 
     @override
     def plan(
@@ -113,9 +113,11 @@ class DeepEPDispatcher(Dispatcher[DeepEPRoute]):
                 **({"num_worst_tokens": num_worst_tokens} if num_worst_tokens else {}),
             )
             sent.extend((handle, None if num_worst_tokens else sum(rows_of_experts)))
-            return _after(event, lambda: received(x_AD, weights_AK, ids_AK))
+            return self._after(event, x_AD.device, lambda: received(x_AD, weights_AK, ids_AK))
 
         def received(x_AD: Tensor, weights_AK: Tensor, ids_AK: Tensor) -> tuple[Tensor, ...]:
+            sent.append(self._moved(ids_TK, ids_AK))
+            self._count(sent[2], width, ids_TK.shape[1] * (weights_AK.element_size() + ids_AK.element_size()))
             if num_worst_tokens:  # only the ids say which rows are none; a weight may be whatever was in memory
                 weights_AK = weights_AK.masked_fill_(ids_AK < 0, 0)
             return x_AD.to(dtype), weights_AK.to(scores_dtype), ids_AK
@@ -127,12 +129,16 @@ class DeepEPDispatcher(Dispatcher[DeepEPRoute]):
                 topk_weights=grad_weights_AK.float().contiguous(),
                 async_finish=True,
             )
-            return _after(event, lambda: (grad_x_TD.to(dtype), grad_scores_TK.to(scores_dtype)))
+            self._count(sent[2][::-1], width, grad_weights_AK.shape[1] * grad_scores_TK.element_size())
+            return self._after(event, grad_x_TD.device, lambda: (grad_x_TD.to(dtype), grad_scores_TK.to(scores_dtype)))
 
         pending = travel(there, back, x_TD, topk_scores_TK)
-        handle, num_rows = sent
-        arrived = replace(route, handle=handle)
-        return pending.then(lambda tensors: self._arrived(arrived, num_rows, *tensors))
+
+        def arrive(tensors: tuple[Tensor, ...]) -> Dispatched[DeepEPRoute]:
+            handle, num_rows, moved = sent
+            return self._arrived(replace(route, handle=handle, moved=moved), num_rows, *tensors)
+
+        return pending.then(arrive)
 
     def _arrived(
         self, route: DeepEPRoute, num_rows: int | None, x_AD: Tensor, weights_AK: Tensor, ids_AK: Tensor
@@ -144,16 +150,18 @@ class DeepEPDispatcher(Dispatcher[DeepEPRoute]):
 
     @override
     def combine(self, y_AD: Tensor, state: Dispatched[DeepEPRoute]) -> Pending[Tensor]:
-        dtype, width, handle = y_AD.dtype, y_AD.shape[1], state.route.handle
+        dtype, width, handle, moved = y_AD.dtype, y_AD.shape[1], state.route.handle, state.route.moved
 
         def there(y_AD: Tensor) -> Pending[tuple[Tensor, ...]]:
+            self._count(moved[::-1], width)
             y_TD, _, event = self._buffer(width).combine(self._rows(y_AD), handle, async_finish=True)
-            return _after(event, lambda: (y_TD.to(dtype),))
+            return self._after(event, y_TD.device, lambda: (y_TD.to(dtype),))
 
         def back(grad_TD: Tensor) -> Pending[tuple[Tensor, ...]]:
             rows = self._rows(grad_TD)
+            self._count(moved, width)
             grad_AD, *_, event = self._buffer(width).dispatch(rows, handle=handle, async_finish=True)
-            return _after(event, lambda: (grad_AD.to(dtype),))
+            return self._after(event, grad_AD.device, lambda: (grad_AD.to(dtype),))
 
         return travel(there, back, y_AD).then(lambda arrived: arrived[0])
 
@@ -186,7 +194,27 @@ class DeepEPDispatcher(Dispatcher[DeepEPRoute]):
         return 0
 
     def _buffer(self, width: int) -> Any:
-        return _buffers_of(self.group).for_width(width)
+        return buffers_of(self.group).for_width(width)
+
+    def _moved(self, ids_TK: Tensor, ids_AK: Tensor) -> tuple[Tensor | int, Tensor | int]:
+        """Rows to and from other ranks, of the experts that they are for: global and local ids, -1 is none."""
+        if not self.meter.is_on:
+            return 0, 0
+        rank_TK = ids_TK.div(len(self.local_experts), rounding_mode="floor")
+        is_mine_T = (rank_TK == self.groups.ep_rank).any(1)
+        to_all = sum((rank_TK == rank).any(1).sum() for rank in range(self.groups.ep_size))
+        return to_all - is_mine_T.sum(), (ids_AK >= 0).any(1).sum() - is_mine_T.sum()
+
+    def _count(self, moved: tuple[Tensor | int, Tensor | int], width: int, further_bytes: int = 0) -> None:
+        self.meter.add(*(number * (2 * width + further_bytes) for number in moved))  # rows are bfloat16
+
+    def _after(self, event: Any, device: torch.device, result: Callable[[], T]) -> Pending[T]:
+        def wait() -> T:
+            with self.meter.waiting(device):
+                event.current_stream_wait()
+            return result()
+
+        return Pending(wait)
 
 
 class HopperDispatcher(Dispatcher[Any]):
@@ -274,7 +302,7 @@ def _why_not_here(ep_size: int, num_local_experts: int) -> str | None:
         config = buffer.get_dispatch_config(ep_size)
     except AssertionError:
         return f"DeepEP's kernels are not made for expert_parallel_size={ep_size}"
-    if ep_size > _RANKS_OF_NODE:
+    if ep_size > RANKS_OF_NODE:
         try:
             config.get_rdma_buffer_size_hint(256, ep_size)
         except RuntimeError:
@@ -296,11 +324,11 @@ def why_not_hosts(hosts: Sequence[str]) -> str | None:
     'the 4 ranks are not on one node'
     >>> why_not_hosts(["a"] * 8 + ["b"] * 8)
     """
-    if len(hosts) <= _RANKS_OF_NODE:
+    if len(hosts) <= RANKS_OF_NODE:
         return None if len(set(hosts)) == 1 else f"the {len(hosts)} ranks are not on one node"
-    nodes = [set(hosts[start : start + _RANKS_OF_NODE]) for start in range(0, len(hosts), _RANKS_OF_NODE)]
+    nodes = [set(hosts[start : start + RANKS_OF_NODE]) for start in range(0, len(hosts), RANKS_OF_NODE)]
     if any(len(node) > 1 for node in nodes) or len(set.union(*nodes)) < len(nodes):
-        return f"the {len(hosts)} ranks are not {_RANKS_OF_NODE} to a node"
+        return f"the {len(hosts)} ranks are not {RANKS_OF_NODE} to a node"
     return None
 
 
@@ -310,7 +338,7 @@ def why_not_tokens(device_type: str, wire_dtype: torch.dtype, width: int, top_k:
     >>> why_not_tokens("cuda", torch.float32, 1024, 2, 8)
     "DeepEP's kernels move bfloat16 and the tokens travel as float32 (dispatch_dtype='bfloat16')"
     """
-    multiple = 256 if ep_size > _RANKS_OF_NODE else 16
+    multiple = 256 if ep_size > RANKS_OF_NODE else 16
     if device_type != "cuda":
         return f"the tokens are on {device_type}"
     if wire_dtype != torch.bfloat16:
@@ -328,7 +356,7 @@ def why_not_tokens(device_type: str, wire_dtype: torch.dtype, width: int, top_k:
 
 def why_not_fixed(ep_size: int) -> str | None:
     """Why the host has to wait for sizes even where they are fixed, or ``None``."""
-    if ep_size > _RANKS_OF_NODE:
+    if ep_size > RANKS_OF_NODE:
         return "DeepEP's kernels fix sizes within a node only"
     if "num_worst_tokens" not in inspect.signature(import_module("deep_ep").Buffer.dispatch).parameters:
         return "this version of DeepEP has no num_worst_tokens"
@@ -348,47 +376,3 @@ def _which_runs(reason: str | None) -> str:
 def _say(line: str) -> None:
     """Once in a process: every layer has the same to say."""
     rank_zero_info(line)
-
-
-class _Buffers:
-    """The memory of one group through which all layers send, forward and backward: their transfers follow each other.
-
-    Args:
-        group: Its ranks.
-    """
-
-    def __init__(self, group: dist.ProcessGroup) -> None:
-        self.group = group
-        self.buffer: Any = None
-        self.width = 0
-
-    def for_width(self, width: int) -> Any:
-        """A buffer for tokens of this width or a smaller one. Collective where a wider one is needed."""
-        if width > self.width:
-            self.buffer, self.width = None, width  # the old one is given back first; handles outlive it
-            self.buffer = import_module("deep_ep").Buffer(self.group, *buffer_sizes(width, self.group.size()))
-        return self.buffer
-
-
-@cache
-def _buffers_of(group: dist.ProcessGroup) -> _Buffers:
-    """As long as the process lives: a buffer's end is collective, and not to be left to the garbage collector."""
-    return _Buffers(group)
-
-
-def buffer_sizes(width: int, ep_size: int) -> tuple[int, int]:
-    """Bytes of a buffer that NVLink reaches and of one that RDMA reaches."""
-    buffer, num_bytes = import_module("deep_ep").Buffer, 2 * width
-    configs = buffer.get_dispatch_config(ep_size), buffer.get_combine_config(ep_size)
-    nvlink = max(config.get_nvl_buffer_size_hint(num_bytes, ep_size) for config in configs)
-    if ep_size <= _RANKS_OF_NODE:  # a build without NVSHMEM refuses the question
-        return nvlink, 0
-    return nvlink, max(config.get_rdma_buffer_size_hint(num_bytes, ep_size) for config in configs)
-
-
-def _after(event: Any, result: Callable[[], T]) -> Pending[T]:
-    def wait() -> T:
-        event.current_stream_wait()
-        return result()
-
-    return Pending(wait)

@@ -66,7 +66,7 @@ class ExchangeDispatcher(Dispatcher[ExchangeRoute]):
 
     def __init__(self, num_experts: int, groups: ExpertGroups, wire_dtype: torch.dtype | None = None) -> None:
         super().__init__(num_experts, groups, wire_dtype)
-        self.group = ep_group_of(groups)
+        self.group, self.meter = ep_group_of(groups), groups.meter
 
     @abstractmethod
     def outgoing(self, topk_ids_TK: Tensor, kept_TK: Tensor | None, shape: FixedShape | None) -> Outgoing:
@@ -92,7 +92,7 @@ class ExchangeDispatcher(Dispatcher[ExchangeRoute]):
         leaving = [self.outgoing(*chunk, None) for chunk in zip(ids, kept, strict=True)]
         counts = torch.stack([torch.stack([o.order.tokens_per_expert_E, o.assignments_W]) for o in leaving])
         # The layer's one host synchronisation: sender x chunk x (rows, assignments) x receiver.
-        counts_of = all_gather(counts.unsqueeze(0), self.group).tolist()
+        counts_of = all_gather(counts.unsqueeze(0), self.group, self.meter).tolist()
         rank, routes = self.groups.ep_rank, []
         for i, (size, chunk) in enumerate(zip(sizes, leaving, strict=True)):
             input_splits = counts_of[rank][i][0]
@@ -124,7 +124,7 @@ class ExchangeDispatcher(Dispatcher[ExchangeRoute]):
                 x_TD = x_TD if len(x_TD) else x_TD.new_zeros(1, x_TD.shape[1])
                 token_S, entries = token_S.clamp(max=len(x_TD) - 1), pad(entries, (0, 0, 0, 1))
             message = pack_rows(fields, x_TD, token_S, entries, ids, entry_S)
-            arriving = start_all_to_all(message, route.output_splits, route.input_splits, self.group)
+            arriving = start_all_to_all(message, route.output_splits, route.input_splits, self.group, self.meter)
             return arriving.then(lambda message: received(*unpack(fields, message)))
 
         def received(x_AD: Tensor, scores_AM: Tensor, ids_AM: Tensor) -> tuple[Tensor, ...]:
@@ -132,7 +132,7 @@ class ExchangeDispatcher(Dispatcher[ExchangeRoute]):
 
         def back(grad_x_AD: Tensor, grad_scores_AM: Tensor) -> Pending[tuple[Tensor, ...]]:
             message = pack(fields[:2], [grad_x_AD, grad_scores_AM])
-            returning = start_all_to_all(message, route.input_splits, route.output_splits, self.group)
+            returning = start_all_to_all(message, route.input_splits, route.output_splits, self.group, self.meter)
             return returning.then(lambda message: returned(*unpack(fields[:2], message)))
 
         def returned(grad_x_SD: Tensor, grad_scores_SM: Tensor) -> tuple[Tensor, ...]:
@@ -149,12 +149,12 @@ class ExchangeDispatcher(Dispatcher[ExchangeRoute]):
 
         def there(y_AD: Tensor) -> Pending[tuple[Tensor, ...]]:
             rows = y_AD.to(wire_dtype)
-            arriving = start_all_to_all(rows, route.input_splits, route.output_splits, self.group)
+            arriving = start_all_to_all(rows, route.input_splits, route.output_splits, self.group, self.meter)
             return arriving.then(lambda y_SD: (sum_of_rows(y_SD.to(dtype), order),))
 
         def back(grad_TD: Tensor) -> Pending[tuple[Tensor, ...]]:
             rows = rows_of_tokens(grad_TD, order).to(wire_dtype)
-            returning = start_all_to_all(rows, route.output_splits, route.input_splits, self.group)
+            returning = start_all_to_all(rows, route.output_splits, route.input_splits, self.group, self.meter)
             return returning.then(lambda grad_AD: (grad_AD.to(dtype),))
 
         return travel(there, back, y_AD).then(lambda tensors: tensors[0])

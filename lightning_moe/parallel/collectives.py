@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lightning_moe.parallel.autograd import first_order
+from lightning_moe.parallel.traffic import TrafficMeter
 
 # torch 2.13 renames both and warns at each call of the old names.
 _all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -40,7 +41,11 @@ class Pending(Generic[T]):
 
 
 def start_all_to_all(
-    rows: Tensor, output_splits: Sequence[int], input_splits: Sequence[int], group: dist.ProcessGroup
+    rows: Tensor,
+    output_splits: Sequence[int],
+    input_splits: Sequence[int],
+    group: dist.ProcessGroup,
+    meter: TrafficMeter | None = None,
 ) -> Pending[Tensor]:
     """Sends ``input_splits[p]`` rows to every peer p and receives ``output_splits[p]`` rows from it.
 
@@ -49,45 +54,72 @@ def start_all_to_all(
         output_splits: Rows to receive, by peer.
         input_splits: Rows to send, by peer.
         group: The ranks that take part.
+        meter: Counts bytes and waiting, here and below.
 
     Returns:
         [sum(output_splits), ...], ordered by source.
     """
     rows = rows.contiguous()
     received = rows.new_empty((sum(output_splits), *rows.shape[1:]))
-    work = dist.all_to_all_single(received, rows, [*output_splits], [*input_splits], group=group, async_op=True)
-    return _pending(work, received, rows)
+    row_bytes, rank = rows.element_size() * rows.shape[1:].numel(), group.rank()
+
+    def start() -> dist.Work:
+        return dist.all_to_all_single(received, rows, [*output_splits], [*input_splits], group=group, async_op=True)
+
+    to_others = len(rows) - input_splits[rank], len(received) - output_splits[rank]
+    return _started(start, received, rows, meter, *(row_bytes * number for number in to_others))
 
 
-def start_all_gather(rows: Tensor, group: dist.ProcessGroup) -> Pending[Tensor]:
+def start_all_gather(rows: Tensor, group: dist.ProcessGroup, meter: TrafficMeter | None = None) -> Pending[Tensor]:
     """Rows of every rank, [P, ...] -> [size * P, ...]; P must be the same on every rank."""
     rows = rows.contiguous()
     gathered = rows.new_empty((rows.shape[0] * group.size(), *rows.shape[1:]))
-    return _pending(_all_gather_single(gathered, rows, group=group, async_op=True), gathered, rows)
+    num_bytes = rows.nbytes * (group.size() - 1)
+    start = partial(_all_gather_single, gathered, rows, group=group, async_op=True)
+    return _started(start, gathered, rows, meter, num_bytes, num_bytes)
 
 
-def start_reduce_scatter(rows: Tensor, group: dist.ProcessGroup) -> Pending[Tensor]:
+def start_reduce_scatter(rows: Tensor, group: dist.ProcessGroup, meter: TrafficMeter | None = None) -> Pending[Tensor]:
     """Sum over the ranks, each keeping its share, [size * P, ...] -> [P, ...]."""
     rows = rows.contiguous()
     summed = rows.new_empty((rows.shape[0] // group.size(), *rows.shape[1:]))
-    return _pending(_reduce_scatter_single(summed, rows, group=group, async_op=True), summed, rows)
+    num_bytes = rows.nbytes - summed.nbytes
+    start = partial(_reduce_scatter_single, summed, rows, group=group, async_op=True)
+    return _started(start, summed, rows, meter, num_bytes, num_bytes)
 
 
-def all_gather(rows: Tensor, group: dist.ProcessGroup) -> Tensor:
+def all_gather(rows: Tensor, group: dist.ProcessGroup, meter: TrafficMeter | None = None) -> Tensor:
     """As :func:`start_all_gather`, waited for."""
-    return start_all_gather(rows, group).wait()
+    return start_all_gather(rows, group, meter).wait()
+
+
+def max_over_ranks(numbers: Tensor, group: dist.ProcessGroup, meter: TrafficMeter | None = None) -> None:
+    """Puts the largest of each number over the ranks in its place."""
+    meter = meter or TrafficMeter()
+    num_bytes = 2 * numbers.nbytes * (group.size() - 1) / group.size()  # as a ring sends them
+    meter.add(num_bytes, num_bytes)
+    with meter.waiting(numbers.device):
+        dist.all_reduce(numbers, dist.ReduceOp.MAX, group=group)
 
 
 def on_any_rank(holds: bool, group: dist.ProcessGroup, device: torch.device) -> bool:
     """Whether something holds on any rank of the group; waits for the device."""
     held = torch.tensor(int(holds), device=device)
-    dist.all_reduce(held, dist.ReduceOp.MAX, group=group)
+    max_over_ranks(held, group)
     return bool(held)
 
 
-def _pending(work: dist.Work, result: Tensor, sent: Tensor) -> Pending[Tensor]:
+def _started(
+    start: Callable[[], dist.Work], result: Tensor, sent: Tensor, meter: TrafficMeter | None, *bytes_there_and_here: int
+) -> Pending[Tensor]:
+    meter = meter or TrafficMeter()
+    meter.add(*bytes_there_and_here)
+    with meter.waiting(sent.device):
+        work = start()
+
     def wait(sent: Tensor = sent) -> Tensor:  # what is sent has to live until it is
-        work.wait()
+        with meter.waiting(sent.device):
+            work.wait()
         return result
 
     return Pending(wait)

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch.distributed as dist
 from torch import nn
 
 from lightning_moe.parallel.topology import Topology, expert_range
+from lightning_moe.parallel.traffic import TrafficMeter
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,7 @@ class ExpertGroups:
             its module returns. ZeRO-3 partitions parameters at that moment and must know their group by then.
         data_size: Ranks that have batches of their own, of all EP groups together.
         data_rank: This rank's place among them.
+        meter: Counts what the dispatchers of these groups send.
     """
 
     ep_size: int = 1
@@ -36,6 +38,7 @@ class ExpertGroups:
     on_expert_parameter: Callable[[nn.Parameter], None] | None = None
     data_size: int = 1
     data_rank: int = 0
+    meter: TrafficMeter = field(default_factory=TrafficMeter, compare=False, repr=False)
 
     def __deepcopy__(self, memo: dict[int, object]) -> ExpertGroups:
         """Copies of a model, as for weight averaging, stand in the same groups; a process group has no copy."""

@@ -18,13 +18,13 @@ from lightning_moe.dispatch import Dispatcher, FixedShape, deep_ep, permute
 from lightning_moe.dispatch.deep_ep import (
     DeepEPDispatcher,
     HopperDispatcher,
-    buffer_sizes,
     choose_fused,
     why_not_deep_ep,
     why_not_fixed,
     why_not_hosts,
     why_not_tokens,
 )
+from lightning_moe.dispatch.deep_ep_buffers import buffer_sizes
 from lightning_moe.dispatch.fused import FusedDispatcher
 from lightning_moe.nn import GroupedExperts, keep_within_capacity
 from lightning_moe.parallel import ExpertGroups
@@ -108,6 +108,36 @@ def test_bf16_is_that_of_torch_collectives_bit_for_bit(
     pool.run(same_bits, ep_size, case, chunks, needs_grad, timeout=LIMIT)
 
 
+def counted_bytes(ep_size: int, case: str) -> None:
+    """Against a plain loop over everybody's tokens; there and back, and the gradients of both."""
+    groups, rank = groups_of(ep_size), dist.get_rank() % ep_size
+    batch = batch_of(case, ep_size, torch.bfloat16)
+    groups.meter.start()
+    with fake_deep_ep.installed():
+        run(DeepEPDispatcher(E, groups), batch)
+    traffic = groups.meter.stop()
+    sent, received = 0, 0
+    first = dist.get_rank() - rank
+    for sender in range(ep_size):
+        ids_TK, kept_TK, _ = routes(case, first + sender, ep_size, top_k=2)
+        for token in range(len(ids_TK)):
+            kept = [kept_TK is None or bool(kept_TK[token, k]) for k in range(2)]
+            ranks = {int(ids_TK[token, k]) // (E // ep_size) for k in range(2) if kept[k]} - {sender}
+            sent += len(ranks) if sender == rank else 0
+            received += rank in ranks
+    row, weights, ids = 2 * D, 2 * 4, 2 * 8
+    there_and_gradients_back = row + weights + ids, row + weights
+    to_others = sent * (there_and_gradients_back[0] + row) + received * (there_and_gradients_back[1] + row)
+    from_others = received * (there_and_gradients_back[0] + row) + sent * (there_and_gradients_back[1] + row)
+    assert (traffic.sent_bytes, traffic.received_bytes) == (to_others, from_others)
+    assert traffic.seconds > 0
+
+
+@cases
+def test_bytes_are_counted(case: str, pool4: RankPool) -> None:
+    pool4.run(counted_bytes, 4, case, timeout=LIMIT)
+
+
 def same_but_for_a_rounding(ep_size: int, case: str) -> None:
     """The kernels round the sum over ranks to bf16, which torch collectives leave in fp32."""
     groups, batch = groups_of(ep_size), batch_of(case, ep_size, torch.float32)
@@ -144,9 +174,9 @@ def fixed_shape(ep_size: int, case: str, chunks: int, can_fix: bool) -> None:
     changes = {} if can_fix else {"Buffer": OldBuffer}
     fake_deep_ep.Buffer.log.clear()
     with fake_deep_ep.installed(**changes):
-        deep_ep._buffers_of.cache_clear()
+        deep_ep.buffers_of.cache_clear()
         ours = run(DeepEPDispatcher(E, groups), batch, shape, chunks)
-    deep_ep._buffers_of.cache_clear()
+    deep_ep.buffers_of.cache_clear()
     worst = [entry[2] for entry in fake_deep_ep.Buffer.log if entry[:2] == ("dispatch", False)]
     per_rank = min(-(-6 // chunks), per_chunk * (E // ep_size))
     assert worst == [per_rank * ep_size if can_fix else 0] * chunks
@@ -182,7 +212,7 @@ def one_buffer(ep_size: int) -> list[tuple[Any, ...]]:
     """Of two widths, and of two layers each; the first layer's backward comes after the buffer grew."""
     groups = groups_of(ep_size)
     fake_deep_ep.Buffer.log.clear()
-    deep_ep._buffers_of.cache_clear()
+    deep_ep.buffers_of.cache_clear()
     with fake_deep_ep.installed():
         outputs = []
         for width in (D, D, 2 * D, D):
@@ -198,7 +228,7 @@ def one_buffer(ep_size: int) -> list[tuple[Any, ...]]:
             assert x.grad is not None
             assert x.grad.isfinite().all()
         sizes = buffer_sizes(D, ep_size), buffer_sizes(2 * D, ep_size)
-    deep_ep._buffers_of.cache_clear()
+    deep_ep.buffers_of.cache_clear()
     made = [entry for entry in fake_deep_ep.Buffer.log if entry[0] == "new"]
     assert made == [("new", nvlink) for nvlink, _ in sizes]
     return [entry[0] for entry in fake_deep_ep.Buffer.log if entry[0] != "new"]
@@ -212,7 +242,7 @@ def test_layers_share_one_buffer_which_grows(pool2: RankPool) -> None:
 
 def refusals(ep_size: int) -> None:
     """The stand-in refuses what the real one does, so that the tests above mean something."""
-    deep_ep._buffers_of.cache_clear()
+    deep_ep.buffers_of.cache_clear()
     with fake_deep_ep.installed():
         dispatcher = DeepEPDispatcher(E, groups_of(ep_size))
         x_TD, ids_TK, scores_TK, _ = batch_of("random", ep_size, torch.bfloat16)
@@ -235,7 +265,7 @@ def refusals(ep_size: int) -> None:
         assert late.isnan().all()
         event.current_stream_wait()
         assert late.isfinite().all()
-    deep_ep._buffers_of.cache_clear()
+    deep_ep.buffers_of.cache_clear()
 
 
 def test_the_stand_in_refuses_misuse(pool2: RankPool) -> None:
