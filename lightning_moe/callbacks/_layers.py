@@ -112,10 +112,15 @@ def moe_layers(module: L.LightningModule) -> list[MoE]:
     return [part for part in module.modules() if isinstance(part, MoE)]
 
 
-def is_logging_step(trainer: L.Trainer) -> bool:
-    """Whether the optimizer step that has just ended is one that the loggers get to see; the same on every rank."""
-    steps: int = trainer.log_every_n_steps  # type: ignore[attr-defined]  # set by Trainer's logger connector
-    return steps > 0 and trainer.global_step % steps == 0
+def is_logging_step(trainer: L.Trainer, step: int | None = None) -> bool:
+    """Whether the loggers get to see an optimizer step; the same on every rank.
+
+    Args:
+        trainer: Whose.
+        step: Which, from 1; ``None`` is that which has just ended.
+    """
+    every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]  # set by Trainer's logger connector
+    return every > 0 and (trainer.global_step if step is None else step) % every == 0
 
 
 def sum_over_ranks(counts: Tensor) -> Tensor:
