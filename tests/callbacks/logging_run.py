@@ -1,0 +1,145 @@
+"""A short run that logs to one kind of logger, and what that wrote: a process of its own, as W&B leaves one behind.
+
+    python -m tests.callbacks.logging_run KIND FOLDER
+
+Prints what the callbacks logged and what is read back, {"logged": {step: {name: value}}, "found": ...}.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import struct
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.loggers import CSVLogger, Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
+
+from lightning_moe import AuxLossCallback, ExpertLoadMonitor
+from tests.callbacks.runs import Memory, Side, in_order, quiet, uneven
+
+Values = dict[int, dict[str, float]]
+"""By step and name."""
+
+
+class Steps(Memory):
+    """Keeps everything by step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.values: Values = {}
+
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        assert step is not None
+        self.values.setdefault(step, {}).update(metrics)
+
+
+def tensorboard(folder: Path) -> tuple[Logger, Callable[[], Values]]:
+    logger = TensorBoardLogger(folder)
+
+    def read() -> Values:
+        from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+        events, found = EventAccumulator(logger.log_dir), {}
+        events.Reload()
+        for name in events.Tags()["scalars"]:
+            for event in events.Scalars(name):
+                found.setdefault(event.step, {})[name] = event.value
+        return found
+
+    return logger, read
+
+
+def comma_separated(folder: Path) -> tuple[Logger, Callable[[], Values]]:
+    logger = CSVLogger(folder)
+
+    def read() -> Values:
+        found: Values = {}
+        with (Path(logger.log_dir) / "metrics.csv").open() as file:
+            for row in csv.DictReader(file):
+                values = {name: float(value) for name, value in row.items() if value and name != "step"}
+                found.setdefault(int(row["step"]), {}).update(values)
+        return found
+
+    return logger, read
+
+
+def wandb(folder: Path) -> tuple[Logger, Callable[[], Values]]:
+    logger = WandbLogger(save_dir=folder, offline=True)
+
+    def read() -> Values:
+        from wandb.proto.wandb_internal_pb2 import Record
+
+        logger.experiment.finish()
+        (path,) = folder.glob("wandb/offline-run-*/*.wandb")
+        found: Values = {}
+        for data in _records(path.read_bytes()):
+            record, row = Record(), {}
+            record.ParseFromString(data)
+            for item in record.history.item:
+                kind = item.WhichOneof("value") if item.DESCRIPTOR.oneofs else None
+                value = getattr(item, kind) if kind in ("number", "integer") else json.loads(item.value_json or "null")
+                row["/".join(item.nested_key) or item.key] = value
+            if "trainer/global_step" in row:
+                step = int(row.pop("trainer/global_step"))
+                found.setdefault(step, {}).update({k: v for k, v in row.items() if not k.startswith("_")})
+        return found
+
+    return logger, read
+
+
+def _records(data: bytes) -> Iterator[bytes]:
+    """Of a file in LevelDB's log format: blocks of 32 KiB, in which records may be in parts, behind 7 bytes of W&B."""
+    at, record = 7, b""
+    while at + 7 <= len(data):
+        left = 2**15 - at % 2**15
+        if left < 7:
+            at += left
+            continue
+        length, part = struct.unpack_from("<HB", data, at + 4)
+        record += data[at + 7 : at + 7 + length]
+        at += 7 + length
+        if part in (1, 4):  # whole, or the last part
+            yield record
+            record = b""
+
+
+def mlflow(folder: Path) -> tuple[Logger, Callable[[], Values]]:
+    os.environ["MLFLOW_ALLOW_FILE_STORE"] = "true"  # newer releases want to be asked for one
+    logger = MLFlowLogger(tracking_uri=f"file:{folder / 'mlruns'}")
+
+    def read() -> Values:
+        found: Values = {}
+        (metrics,) = folder.glob(f"mlruns/*/{logger.run_id}/metrics")
+        for path in metrics.rglob("*"):
+            for line in path.read_text().splitlines() if path.is_file() else ():
+                _, value, step = line.split()[:3]
+                found.setdefault(int(step), {})[str(path.relative_to(metrics))] = float(value)
+        return found
+
+    return logger, read
+
+
+KINDS: dict[str, Any] = {"tensorboard": tensorboard, "csv": comma_separated, "wandb": wandb, "mlflow": mlflow}
+
+
+def main(kind: str, folder: Path) -> None:
+    logger, read = KINDS[kind](folder)
+    steps = Steps()
+    trainer = quiet(
+        callbacks=[AuxLossCallback(0.01, 0.001), ExpertLoadMonitor(per_layer=True)],
+        logger=[steps, logger],
+        log_every_n_steps=2,
+        max_steps=6,
+        val_check_interval=3,
+        default_root_dir=folder,
+    )
+    trainer.fit(Side(), in_order(uneven(0, 6)), in_order(uneven(1, 2)))
+    print(json.dumps({"logged": steps.values, "found": read()}))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], Path(sys.argv[2]))
