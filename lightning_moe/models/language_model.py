@@ -21,6 +21,7 @@ from lightning_moe.config import MoEConfig
 from lightning_moe.dispatch.registry import check_dispatcher
 from lightning_moe.models.sampling import NUM_BYTES, sample_bytes
 from lightning_moe.models.transformer import Transformer
+from lightning_moe.nn.accounting import active_flops_per_token
 from lightning_moe.nn.router.base import check_router
 
 DEFAULT_MOE = MoEConfig(num_experts=8)
@@ -91,6 +92,7 @@ class MoELanguageModel(L.LightningModule):
         self.min_lr_ratio = min_lr_ratio
         self.experts_by_layer = experts_by_layer
         self.transformer: Transformer | None = None
+        self._last_shape = (0, 0)
 
     @override
     def configure_model(self) -> None:
@@ -117,10 +119,18 @@ class MoELanguageModel(L.LightningModule):
     def token_losses(self, tokens: Tensor) -> Tensor:
         """Negative log-likelihood of every target, [B, S + 1] -> [B, S], in nats, fp32."""
         targets_BS = tokens[:, 1:]
+        self._last_shape = targets_BS.shape[0], targets_BS.shape[1]
         logits_BSV = self(tokens[:, :-1]).float()
         # Flat: softmax over a dimension that is not the last takes twice the time on the CPU.
         losses = functional.cross_entropy(logits_BSV.flatten(0, 1), targets_BS.flatten(), reduction="none")
         return losses.view_as(targets_BS)
+
+    @property
+    def flops_per_batch(self) -> int:
+        """Of this rank's last batch, for Lightning's ThroughputMonitor; in training with backward."""
+        B, S = self._last_shape
+        attention = (6 if self.training else 2) * self.num_layers * self.hidden_size * (S + 1)
+        return B * S * (active_flops_per_token(self, self.training) + attention)
 
     @override
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:

@@ -8,6 +8,8 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
+from lightning.pytorch.callbacks import ThroughputMonitor
+from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -15,6 +17,7 @@ from lightning_moe import AuxLossCallback, MoE, MoEConfig
 from lightning_moe.models import MoELanguageModel
 from lightning_moe.models.language_model import lr_factor
 from lightning_moe.models.transformer import apply_rotary, rotary_tables
+from lightning_moe.nn.accounting import active_flops_per_token
 
 SMALL = {"hidden_size": 16, "num_layers": 2, "num_heads": 2}
 MOE = MoEConfig(num_experts=4, top_k=2, intermediate_size=16)
@@ -48,6 +51,20 @@ def trainer(**settings: Any) -> L.Trainer:
 
 
 # --------------------------------------------------------------------------------------------------- model
+
+
+def test_flops_of_a_batch_reach_the_throughput_monitor(tmp_path: Path) -> None:
+    logger = CSVLogger(tmp_path)
+    monitor = ThroughputMonitor(batch_size_fn=len, window_size=2)
+    callbacks = [AuxLossCallback(), monitor]
+    model = make()
+    trainer(max_steps=4, log_every_n_steps=1, logger=logger, callbacks=callbacks).fit(model, loader(text(16)))
+    per_token = active_flops_per_token(model) + 6 * 2 * 16 * (16 + 1)
+    assert model.train().flops_per_batch == 4 * 16 * per_token
+    rows = (Path(logger.log_dir) / "metrics.csv").read_text().splitlines()
+    last = dict(zip(rows[0].split(","), rows[-2].split(","), strict=True))
+    rates = [float(last[f"train/device/{unit}_per_sec"]) for unit in ("flops", "batches")]
+    assert rates[0] == pytest.approx(model.flops_per_batch * rates[1], rel=1e-3)
 
 
 def test_logits_have_a_row_per_position() -> None:
