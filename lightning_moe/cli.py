@@ -18,6 +18,7 @@ from typing_extensions import override
 
 from lightning_moe.callbacks import AuxLossCallback
 from lightning_moe.commands import checkpoint as checkpoint_command
+from lightning_moe.commands import report as report_command
 from lightning_moe.engine.deepspeed import prepare_import
 
 
@@ -106,9 +107,12 @@ def _nulls_as_configs(args: Sequence[str]) -> list[str]:
     return said
 
 
+_COMMANDS = {"checkpoint": checkpoint_command.main, "report": report_command.main}
+
 _DESCRIPTION = (
-    "Train Mixture-of-Experts models with expert parallelism. Checkpoints are looked into, verified and exported by "
-    "`lightning-moe checkpoint`: see `lightning-moe checkpoint --help`."
+    "Train Mixture-of-Experts models with expert parallelism. Two more subcommands have a --help of their own: "
+    "`lightning-moe checkpoint` looks into checkpoints, verifies and exports them, and `lightning-moe report` makes a "
+    "page of what a run has logged."
 )
 _NOISE = ("Expected a ", "Not a valid subclass of ")
 _BELOW_A_CLASS = r"--((?:model|data)(?:\.\w+){2,})"
@@ -117,8 +121,8 @@ _BELOW_A_CLASS = r"--((?:model|data)(?:\.\w+){2,})"
 def main(args: ArgsType = None) -> None:
     """Entry point of ``lightning-moe``."""
     given = sys.argv[1:] if args is None else args
-    if isinstance(given, list) and given[:1] == ["checkpoint"]:
-        sys.exit(checkpoint_command.main(given[1:]))
+    if isinstance(given, list) and given and (command := _COMMANDS.get(given[0])):
+        sys.exit(command(given[1:]))
     # What Lightning 2.6 does on torch 2.13, and at which a user of the command can do nothing.
     warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec\).* is deprecated")
     MoECLI(args)

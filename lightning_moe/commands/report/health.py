@@ -1,0 +1,108 @@
+"""The numbers at the head of a report, and a word on each: is it healthy?"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from lightning_moe.commands.report.data import Scalars, Series
+from lightning_moe.commands.report.experts import dead_experts
+from lightning_moe.commands.report.find import Run
+from lightning_moe.commands.report.parts import Format, percent, plain
+from lightning_moe.commands.report.sections import loss_names
+
+GOOD, WATCH, BAD = "good", "watch", "bad"
+# From docs/monitoring.md: values up to the first are good, and up to the second to be watched.
+_IMBALANCE = (2.0, 4.0)
+_DROPPED = (0.01, 0.1)
+_SHARE = (0.25, 0.5)
+_ENTROPY = (0.05, 0.2)  # below the first is bad, and below the second to be watched
+
+
+@dataclass(frozen=True)
+class Tile:
+    """A number of the run.
+
+    Args:
+        label: What it is.
+        value: As it is read.
+        note: At which step, and the like.
+        state: ``good``, ``watch``, ``bad``, or nothing where there is no rule.
+        verdict: The state in a word or a few.
+    """
+
+    label: str
+    value: str
+    note: str
+    state: str = ""
+    verdict: str = ""
+
+
+def tiles(run: Run) -> list[Tile]:
+    """Those for which the run has values, with the latest value of each."""
+    scalars = run.scalars
+    training, validation, _ = loss_names(scalars)
+    found = [_loss(name, scalars[name]) for name in (training[:1] + validation[:1])]
+    found += _metric(
+        scalars, "load_imbalance", "Load imbalance", plain, lambda v: _up_to(v, _IMBALANCE, "even", "uneven")
+    )
+    found += _metric(scalars, "router_entropy", "Router entropy", plain, _entropy)
+    found += _dead(run)
+    found += _metric(scalars, "dropped_fraction", "Dropped", percent, lambda v: _up_to(v, _DROPPED, "few", "many"))
+    found += _metric(
+        scalars, "dispatch_share", "Communication", percent, lambda v: _up_to(v, _SHARE, "cheap", "costly")
+    )
+    return found
+
+
+def _loss(name: str, series: Series) -> Tile:
+    value, step = series.values[-1], series.steps[-1]
+    note = f"at step {step:,}"
+    finite = [v for v in series.values if math.isfinite(v)]
+    if not math.isfinite(value):
+        return Tile(name, plain(value), note, BAD, "bad: training has diverged")
+    note += f"; lowest {plain(min(finite))}"
+    if len(finite) < 2:
+        return Tile(name, plain(value), note)
+    tenth = max(1, len(finite) // 10)
+    now, before = (sum(part) / tenth for part in (finite[-tenth:], finite[:tenth]))
+    if now < before:
+        return Tile(name, plain(value), note, GOOD, "good: fell")
+    return Tile(name, plain(value), note, WATCH, "watch: has not fallen")
+
+
+def _metric(
+    scalars: Scalars, metric: str, label: str, write: Format, judge: Callable[[float], tuple[str, str]]
+) -> list[Tile]:
+    series = scalars.get(f"moe/{metric}")
+    if series is None:
+        return []
+    value = series.values[-1]
+    state, verdict = judge(value) if math.isfinite(value) else (BAD, "bad: not a number")
+    return [Tile(label, write(value), f"at step {series.steps[-1]:,}", state, verdict)]
+
+
+def _up_to(value: float, bounds: tuple[float, float], low: str, high: str) -> tuple[str, str]:
+    good, watched = bounds
+    if value < good:
+        return GOOD, f"good: {low}"
+    return (WATCH, f"watch: {high}") if value < watched else (BAD, f"bad: very {high}")
+
+
+def _entropy(value: float) -> tuple[str, str]:
+    bad, watched = _ENTROPY
+    if value >= watched:
+        return GOOD, "good: not collapsed"
+    return (WATCH, "watch: nearly certain") if value >= bad else (BAD, "bad: certain, maybe collapsed")
+
+
+def _dead(run: Run) -> list[Tile]:
+    if run.loads:
+        latest = run.loads[-1]
+        dead = sum(map(len, dead_experts(latest).values()))
+        total = sum(map(len, latest.tokens_per_expert))
+        state, verdict = (BAD, "bad: wasted") if dead else (GOOD, "good: none")
+        return [Tile("Dead experts", f"{dead:,} of {total:,}", f"at step {latest.step:,}", state, verdict)]
+    judge = lambda value: (BAD, "bad: wasted") if value > 0 else (GOOD, "good: none")
+    return _metric(run.scalars, "dead_experts", "Dead experts a layer", plain, judge)

@@ -1,0 +1,491 @@
+"""The command ``lightning-moe report``: what it reads, which run it takes, what it says, its errors."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import re
+import shutil
+import sys
+from collections.abc import Mapping, Sequence
+from html import unescape
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from torch.utils.tensorboard import SummaryWriter
+
+from lightning_moe import AuxLossCallback, ExpertLoadMonitor
+from lightning_moe.commands.report.command import main
+from lightning_moe.commands.report.data import Series, read_csv, read_events, read_loads
+from lightning_moe.commands.report.figures import heatmap_png
+from lightning_moe.commands.report.find import read_run
+from lightning_moe.metrics.figures import load_figure
+from tests.toy import Toy, ToyData, loader
+
+Points = Mapping[str, Mapping[int, float]]
+LOSS: Points = {"train_loss": {9: 4.0, 19: 3.0, 29: 2.5}}
+
+
+def write_csv(folder: Path, metrics: Points = LOSS) -> Path:
+    """A file as CSVLogger writes it, with a row for each step."""
+    folder.mkdir(parents=True, exist_ok=True)
+    steps = sorted({step for points in metrics.values() for step in points})
+    with (folder / "metrics.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, ["epoch", *sorted(metrics), "step"])
+        writer.writeheader()
+        for step in steps:
+            row = {name: points[step] for name, points in metrics.items() if step in points}
+            writer.writerow({"epoch": 0, "step": step, **row})
+    return folder
+
+
+def write_events(folder: Path, metrics: Points = LOSS) -> Path:
+    """One more event file, as TensorBoardLogger writes it."""
+    writer = SummaryWriter(str(folder), filename_suffix=f".{len(list(folder.glob('*')))}")
+    for name, points in metrics.items():
+        for step, value in points.items():
+            writer.add_scalar(name, value, step)
+    writer.close()
+    return folder
+
+
+def write_loads(folder: Path, loads: Mapping[int, Sequence[Sequence[int]]], layer: str = "blocks.{}.moe") -> Path:
+    """``load.jsonl`` as ExpertHeatmap writes it."""
+    lines = [
+        json.dumps({"step": step, "layers": [layer.format(i) for i in range(len(counts))], "tokens_per_expert": counts})
+        for step, counts in loads.items()
+    ]
+    (folder / "experts").mkdir(parents=True, exist_ok=True)
+    (folder / "experts" / "load.jsonl").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+def write_classes(folder: Path, step: int, classes: Sequence[str], assignments: Any) -> None:
+    layers = [f"blocks.{i}.moe" for i in range(len(assignments))]
+    line = json.dumps({"step": step, "layers": layers, "classes": list(classes), "assignments": assignments})
+    (folder / "experts").mkdir(parents=True, exist_ok=True)
+    (folder / "experts" / "classes.jsonl").write_text(line + "\n")
+
+
+def written_at(folder: Path, moment: float) -> Path:
+    """Sets when everything in a folder was written."""
+    for path in folder.rglob("*"):
+        os.utime(path, (moment, moment))
+    return folder
+
+
+def report(capsys: pytest.CaptureFixture[str], *args: str | Path) -> tuple[str, str]:
+    """The page and stderr of a command that succeeds."""
+    capsys.readouterr()
+    code = main([str(arg) for arg in args])
+    out, err = capsys.readouterr()
+    assert code == 0, err
+    found = re.fullmatch(r"report: (.+) \([\d.]+ \w?B\)\n", out)
+    assert found, out
+    return Path(found[1]).read_text(encoding="utf-8"), err
+
+
+def failure(capsys: pytest.CaptureFixture[str], *args: str | Path) -> str:
+    """The one message of a command that fails."""
+    capsys.readouterr()
+    assert main([str(arg) for arg in args]) == 1
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+    return err
+
+
+def words(page: str) -> str:
+    """The text of a page, without its markup, styles and figures."""
+    bare = re.sub(r"<(style|script|svg).*?</\1>", " ", page, flags=re.S)
+    return re.sub(r"\s+", " ", unescape(re.sub(r"<[^>]+>", " ", bare)))
+
+
+def rows(page: str) -> dict[str, list[str]]:
+    """Of all tables: metric -> first, last, lowest, highest."""
+    found = re.findall(r'<tr><th scope="row"><code>(.*?)</code>.*?</th>(.*?)</tr>', page)
+    cells = {unescape(name): re.findall(r"<td>(.*?)</td>", rest) for name, rest in found}
+    return {name: [re.sub(r"<[^>]+>", "", cell) for cell in of_name] for name, of_name in cells.items()}
+
+
+def tiles(page: str) -> dict[str, tuple[str, str]]:
+    """Label -> value and state."""
+    pattern = r'<div class="tile (\w*)"><span>(.*?)</span><b>(.*?)</b>'
+    return {label: (value, state) for state, label, value in re.findall(pattern, page)}
+
+
+@pytest.fixture(scope="module")
+def real_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of a Trainer with both loggers, with a hand-written load.jsonl."""
+    root = tmp_path_factory.mktemp("real")
+    logger = [CSVLogger(str(root), "csv"), TensorBoardLogger(str(root), "tensorboard")]
+    trainer = L.Trainer(
+        accelerator="cpu",
+        devices=1,
+        max_steps=12,
+        log_every_n_steps=2,
+        logger=logger,
+        callbacks=[AuxLossCallback(load_balancing=0.01, router_z=0.001), ExpertLoadMonitor(prog_bar=False)],
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+    )
+    trainer.fit(Toy(), loader(ToyData(16)), loader(ToyData(8, seed=2)))
+    (root / "csv" / "version_0" / "config.yaml").write_text("trainer:\n  max_steps: 12\n")
+    write_loads(root / "csv" / "version_0", {2: [[5, 3, 0, 4], [3, 3, 3, 3]], 4: [[1, 1, 1, 9], [0, 6, 3, 3]]})
+    return root
+
+
+def test_a_real_run_is_on_the_page_as_it_was_logged(real_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    page, err = report(capsys, real_run)
+    assert err == ""
+    with (real_run / "csv" / "version_0" / "metrics.csv").open(newline="") as file:
+        logged = list(csv.DictReader(file))
+    names = set(logged[0]) - {"step", "epoch"}
+    assert {"train_loss", "val_loss", "moe/load_imbalance", "moe/load_balancing_loss", "moe/router_z_loss"} <= names
+    shown = rows(page)
+    for name in names:
+        points = [(int(row["step"]), float(row[name])) for row in logged if row[name]]
+        ends = [points[0], points[-1]]
+        extremes = [min(points, key=lambda p: p[1]), max(points, key=lambda p: p[1])]
+        for cell, (step, value) in zip(shown[name], [*ends, *extremes], strict=True):
+            number, at = cell.rsplit(" at ", 1)
+            assert int(at.replace(",", "")) == step
+            assert _number(number) == pytest.approx(value, rel=5e-3, abs=1e-9), name
+    assert (
+        f"{float(next(r['train_loss'] for r in reversed(logged) if r['train_loss'])):.4g}" in tiles(page)["train_loss"]
+    )
+    assert "11, of max_steps 12" in words(page)
+    assert "All steps are done." in words(page)
+    for section in ("Loss", "Balance", "Drops", "Experts", "Communication", "Config"):
+        assert f"<h2>{section}</h2>" in page
+
+
+def _number(text: str) -> float:
+    """Of what the page writes."""
+    number, _, unit = text.replace(",", "").partition(" ")
+    return float(number) * {"": 1, "%": 1e-2, "ms": 1e-3, "s": 1, "B": 1, "kB": 1e3, "MB": 1e6}[unit]
+
+
+def test_both_sources_give_the_same(real_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    both = read_run(real_run).scalars
+    tables = []
+    for source in ("csv", "tensorboard"):
+        shutil.copytree(real_run / source / "version_0", tmp_path / source)
+        scalars = read_run(tmp_path / source).scalars
+        assert set(scalars) == set(both)
+        for name, series in scalars.items():
+            assert series.steps == both[name].steps
+            assert series.values == pytest.approx(both[name].values, rel=1e-6)
+        shown = rows(report(capsys, tmp_path / source)[0])
+        # Of almost equal values, the lowest may be another by rounding: without the steps of the extremes.
+        tables.append({name: [*cells[:2], *(c.split(" at ")[0] for c in cells[2:])] for name, cells in shown.items()})
+    assert tables[0] == tables[1]
+
+
+def test_the_heatmaps_are_those_of_the_loads(real_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    page, _ = report(capsys, real_run)
+    layers = ["blocks.0.moe", "blocks.1.moe"]
+    for step, counts, hidden in (
+        (2, [[5, 3, 0, 4], [3, 3, 3, 3]], " hidden"),
+        (4, [[1, 1, 1, 9], [0, 6, 3, 3]], ""),
+    ):
+        figure = load_figure(
+            [torch.tensor(of, dtype=torch.float64) for of in counts], layers, f"Load of the experts at step {step}"
+        )
+        label = f"Load of every expert of 2 layers at step {step}"
+        assert heatmap_png(figure, label, f' data-step="{step}"{hidden}') in page
+    text = words(page)
+    assert "At step 4 the busiest is expert 3 of layer_00, with 3.00 times the mean. 1 expert got no token: " in text
+    assert "layer_01 (blocks.1.moe): 0" in text
+    assert tiles(page)["Dead experts"] == ("1 of 8", "bad")
+
+
+def test_the_curve_goes_through_the_values(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    values = {step: float(5 * (step % 7) - step) for step in range(5, 100, 5)}
+    page, _ = report(capsys, write_csv(tmp_path / "run", {"train_loss": values}))
+    paths = re.findall(r'<path d="([^"]*)"', page)
+    drawn = [[tuple(map(float, p)) for p in re.findall(r"[ML] (\S+) (\S+)", path)] for path in paths]
+    (curve,) = [points for points in drawn if len(points) == len(values)]
+    (x0, y0), (x1, y1) = curve[0], curve[4]
+    (s0, v0), (s1, v1), *_ = list(values.items())[::4]
+    assert y1 > y0 and v1 < v0  # SVG counts downward  # noqa: PT018
+    for (x, y), (step, value) in zip(curve, values.items(), strict=True):
+        assert x == pytest.approx(x0 + (step - s0) / (s1 - s0) * (x1 - x0), abs=0.1)
+        assert y == pytest.approx(y0 + (value - v0) / (v1 - v0) * (y1 - y0), abs=0.4)
+
+
+def test_of_several_runs_the_newest_is_taken(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = tmp_path / "runs"
+    for source, write in (("csv", write_csv), ("tensorboard", write_events)):
+        for version, (loss, moment) in enumerate([(9.0, 1000), (7.0, 3000), (8.0, 2000)]):
+            folder = root / source / f"version_{version}"
+            written_at(write(folder, {"train_loss": {9: loss}, "other": {9: 0.5}}), moment)
+    written_at(write_loads(root / "tensorboard" / "version_1", {10: [[1, 2]]}), 3000)
+    (root / "tensorboard" / "version_1" / "config.yaml").write_text("about: the first\n")
+    page, err = report(capsys, root)
+    assert rows(page)["train_loss"][0] == "7 at 9"
+    assert "about: the first" in page
+    assert "At step 10 the busiest is expert 1" in words(page)
+    taken = {str(root / source / "version_1") for source in ("csv", "tensorboard")}
+    assert "There are several runs, and shown is the newest" in err
+    assert "For another, give its folder, such as: lightning-moe report " in err
+    assert all(folder in err and folder in words(page) for folder in taken)
+    assert str(root / "csv" / "version_2") in words(page)
+    # Another by its folder: with what the other logger has of it.
+    page, err = report(capsys, root / "csv" / "version_2", "--output", tmp_path / "page.html")
+    assert err == ""
+    assert rows(page)["train_loss"][0] == "8 at 9"
+    assert str(root / "tensorboard" / "version_2") in words(page)
+
+
+def test_folders_of_one_name_with_other_values_are_other_runs(tmp_path: Path) -> None:
+    root = tmp_path / "runs"
+    written_at(write_csv(root / "a" / "version_0", {"train_loss": {1: 3.0, 2: 2.0}, "lr": {1: 0.1, 2: 0.1}}), 1000)
+    written_at(write_csv(root / "b" / "version_0", {"train_loss": {1: 5.0, 2: 4.0}, "lr": {1: 0.1, 2: 0.1}}), 2000)
+    run = read_run(root)
+    assert run.scalars["train_loss"] == Series([1, 2], [5.0, 4.0])
+    assert run.folders == [root / "b" / "version_0"]
+    assert run.others == [root / "a" / "version_0"]
+    beside = read_run(root / "a" / "version_0")
+    assert beside.scalars["train_loss"] == Series([1, 2], [3.0, 2.0])
+    assert beside.folders == [root / "a" / "version_0"]
+
+
+def test_folders_of_one_name_without_common_values_are_one_run(tmp_path: Path) -> None:
+    write_csv(tmp_path / "csv" / "version_3")
+    write_events(tmp_path / "tensorboard" / "version_3", {"moe/load_imbalance": {10: 1.5}})
+    assert set(read_run(tmp_path).scalars) == {"train_loss", "moe/load_imbalance"}
+
+
+def test_figures_and_config_above_the_loggers_folder_are_found(tmp_path: Path) -> None:
+    write_loads(tmp_path, {5: [[1, 2]]})
+    (tmp_path / "config.yaml").write_text("a: 1\n")
+    write_csv(tmp_path / "logs" / "csv" / "version_0")
+    run = read_run(tmp_path)
+    assert [load.step for load in run.loads] == [5]
+    assert run.config == (tmp_path / "config.yaml", "a: 1\n")
+
+
+def test_a_resumed_run_goes_on_where_it_was_resumed(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    write_events(folder, {"loss": {10: 1.0, 20: 2.0, 30: 3.0, 40: 4.0}})
+    write_events(folder, {"loss": {20: 2.5, 30: 3.5}})
+    assert len(list(folder.iterdir())) == 2
+    assert read_events(folder)["loss"] == Series([10, 20, 30], [1.0, 2.5, 3.5])
+    (folder / "metrics.csv").write_text("loss,step\n1,10\n2,20\n3,30\n2.25,20\n")
+    assert read_csv(folder / "metrics.csv")["loss"] == Series([10, 20], [1.0, 2.25])
+    loads = [{"step": s, "layers": ["a"], "tokens_per_expert": [[s, n]]} for s, n in ((1, 1), (2, 2), (3, 3), (2, 4))]
+    (folder / "load.jsonl").write_text("".join(json.dumps(load) + "\n" for load in loads))
+    assert [(load.step, load.tokens_per_expert) for load in read_loads(folder / "load.jsonl")] == [
+        (1, [[1, 1]]),
+        (2, [[2, 4]]),
+    ]
+
+
+def test_what_is_being_written_is_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = write_loads(write_csv(tmp_path / "run"), {10: [[1, 2]], 20: [[3, 1]]})
+    whole = (folder / "metrics.csv").read_bytes()
+    lines = whole.splitlines(keepends=True)
+    for size in range(len(whole)):
+        (folder / "metrics.csv").write_bytes(whole[:size])
+        number = sum(len(b"".join(lines[: i + 1]).rstrip(b"\n")) <= size for i in range(1, len(lines)))
+        series = read_csv(folder / "metrics.csv").get("train_loss", Series([], []))
+        assert series == Series(list(LOSS["train_loss"])[:number], list(LOSS["train_loss"].values())[:number])
+        if size == 0:
+            assert "no values yet" in failure(capsys, folder)
+    (folder / "metrics.csv").write_bytes(whole)
+    jsonl = folder / "experts" / "load.jsonl"
+    text = jsonl.read_text()
+    for size in range(len(text)):
+        jsonl.write_text(text[:size])
+        assert [load.step for load in read_loads(jsonl)] == [10, 20][: text[:size].count("]]}")]
+    # A line after one that a kill has cut off, and lines of something else.
+    jsonl.write_text(text[:60] + text + '[1]\n{"step": 3}\n{"step": 4, "layers": ["a"], "tokens_per_expert": [[]]}\n')
+    assert [load.step for load in read_loads(jsonl)] == [20]
+    report(capsys, folder)
+
+
+def test_event_files_that_are_cut_off(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = write_events(tmp_path / "run", {"loss": {step: float(step) for step in range(1, 6)}})
+    (path,) = folder.iterdir()
+    whole = path.read_bytes()
+    found = set()
+    for size in range(0, len(whole) + 1, 3):
+        path.write_bytes(whole[:size])
+        series = read_events(folder).get("loss", Series([], []))
+        assert series.values == [1.0, 2.0, 3.0, 4.0, 5.0][: len(series.values)]
+        found.add(len(series.values))
+    assert {0, 1, 4} <= found
+    assert capsys.readouterr().err == ""
+
+
+def test_a_column_that_comes_later(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.csv"
+    path.write_text("step,train_loss\r\n0,3.5\r\n1,3.25\r\n")
+    assert set(read_csv(path)) == {"train_loss"}
+    path.write_text("step,train_loss,val_loss\r\n0,3.5,\r\n1,3.25,\r\n1,,4.5\r\n")
+    assert read_csv(path) == {"train_loss": Series([0, 1], [3.5, 3.25]), "val_loss": Series([1], [4.5])}
+
+
+def test_everything_from_files_is_escaped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    evil = '<script>alert(1)</script><img src=x onerror="alert(2)">\'&amp;$x^'
+    name = 'a<b onclick="x">&c'
+    folder = write_csv(tmp_path / name, {f"train/loss{evil}": {1: 1.0}, f"{evil}/loss": {1: 2.0}, "_x$y$": {1: 1.0}})
+    write_loads(folder, {1: [[1, 2], [3, 0]]}, layer=f"{evil}.{{}}")
+    write_classes(folder, 1, [evil, "b"], [[[1, 2], [3, 4]]])
+    (folder / "config.yaml").write_text(f"a: {evil}\n</pre><script>alert(3)</script>")
+    page, _ = report(capsys, folder)
+    body = page[page.index("<body>") :]
+    assert body.count("<script") == 1
+    assert "<img src=x" not in body
+    assert "<b onclick" not in body
+    assert f"a: {evil}" in unescape(page)
+    assert all(src.startswith("data:image/png;base64,") for src in re.findall(r'<img[^>]* src="([^"]*)"', page))
+
+
+def test_what_was_not_logged_says_how_to_log_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    page, _ = report(capsys, write_csv(tmp_path / "run"))
+    text = words(page)
+    for said in (
+        "No validation loss: log one in validation_step",
+        "No balance: add lightning_moe.ExpertLoadMonitor to trainer.callbacks",
+        "No drops: add lightning_moe.ExpertLoadMonitor",
+        "No communication: add lightning_moe.ExpertLoadMonitor",
+        "No heatmaps: add lightning_moe.ExpertHeatmap to trainer.callbacks.",
+        "No token classes: set token_classes of ExpertHeatmap, to bytes for example.",
+        "No config: the command writes config.yaml",
+    ):
+        assert said in text
+    page, _ = report(capsys, write_csv(tmp_path / "run", {"moe/load_imbalance": {1: 1.5}}))
+    assert "No training loss: log one in training_step" in words(page)
+    assert "Not logged: moe/router_entropy, moe/dead_experts, moe/load_balancing_loss" in words(page)
+
+
+@pytest.mark.parametrize(
+    ("metric", "label", "cases"),
+    [
+        ("load_imbalance", "Load imbalance", {1.5: ("1.5", "good"), 2.5: ("2.5", "watch"), 7.0: ("7", "bad")}),
+        ("router_entropy", "Router entropy", {0.9: ("0.9", "good"), 0.1: ("0.1", "watch"), 0.01: ("0.01", "bad")}),
+        ("dead_experts", "Dead experts a layer", {0.0: ("0", "good"), 0.5: ("0.5", "bad")}),
+        ("dropped_fraction", "Dropped", {0.0: ("0 %", "good"), 0.05: ("5 %", "watch"), 0.2: ("20 %", "bad")}),
+        ("dispatch_share", "Communication", {0.1: ("10 %", "good"), 0.3: ("30 %", "watch"), 0.6: ("60 %", "bad")}),
+        ("load_imbalance", "Load imbalance", {float("nan"): ("nan", "bad")}),
+    ],
+)
+def test_tiles_say_what_is_healthy(
+    metric: str, label: str, cases: dict[float, tuple[str, str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for value, expected in cases.items():
+        folder = write_csv(tmp_path, {f"moe/{metric}": {1: 3.3, 2: value}})
+        assert tiles(report(capsys, folder)[0])[label] == expected
+
+
+def test_a_loss_that_is_no_number(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    metrics = {"train_loss": {1: 3.0, 2: float("nan"), 3: float("inf")}, "val_loss": {1: 2.0, 2: 3.0}}
+    page, _ = report(capsys, write_csv(tmp_path, metrics))
+    assert tiles(page)["train_loss"] == ("inf", "bad")
+    assert tiles(page)["val_loss"] == ("3", "watch")
+    assert "train_loss 2 values not finite" in words(page)
+    assert rows(page)["train_loss"] == ["3 at 1", "inf at 3", "3 at 1", "3 at 1"]
+
+
+def test_per_layer_metrics_have_charts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    metrics = {f"moe/layer_{i:02d}/load_imbalance": {1: 1.0 + i, 2: 2.0} for i in range(12)}
+    metrics |= {f"moe/layer_{i:02d}/dropped_fraction": {1: 0.1, 2: 0.2} for i in range(2)}
+    metrics["moe/layer_00/something_new"] = {1: 5.0}
+    page, _ = report(capsys, write_csv(tmp_path, metrics))
+    assert "Load imbalance by layer, training" in words(page)
+    assert "Dropped fraction by layer, training" in words(page)
+    assert set(rows(page)) == {"moe/layer_00/something_new"}
+
+
+def test_it_says_whether_the_run_may_go_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = write_csv(tmp_path / "run")
+    assert "May still be running: run the command again" in words(report(capsys, folder)[0])
+    written_at(folder, 1_700_000_000)
+    assert "May still be running" not in words(report(capsys, folder)[0])
+
+
+def test_losses_by_other_names(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    names = ("loss", "train/loss_step", "valid/loss", "val_loss_epoch", "test_loss", "glossy", "lr")
+    page, _ = report(capsys, write_csv(tmp_path, {name: {1: 1.0, 2: 0.5} for name in names}))
+    assert 'aria-label="All losses: loss, train/loss_step, val_loss_epoch, valid/loss, test_loss"' in page
+    assert "No training loss" not in page
+    assert "No validation loss" not in page
+    assert 'aria-label="glossy: glossy"' in page
+
+
+def test_at_most_twenty_heatmaps_spread_over_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = write_loads(write_csv(tmp_path), {step: [[step, 1]] for step in range(1, 101)})
+    page, _ = report(capsys, folder)
+    steps = [int(step) for step in re.findall(r'data-step="(\d+)"', page)]
+    assert len(steps) == 20
+    assert (steps[0], steps[-1]) == (1, 100)
+    gaps = {after - before for before, after in zip(steps[:-1], steps[1:], strict=True)}  # noqa: RUF007
+    assert gaps <= {5, 6}
+
+
+def test_layers_that_change_in_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = write_loads(write_csv(tmp_path), {1: [[1, 2]], 2: [[1, 2, 3], [0, 0, 0]], 3: [[1, 2, 0], [0, 0, 0]]})
+    page, _ = report(capsys, folder)
+    assert "1 expert got no token: layer_00 (blocks.0.moe): 2" in words(page)
+
+
+def test_it_is_whole_or_not_there(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = write_csv(tmp_path / "run")
+    (folder / "report.html").write_text("old")
+    with monkeypatch.context() as patch:
+
+        def refuse(path: Path, content: bytes) -> None:
+            path.touch()
+            raise PermissionError(13, "Permission denied", str(path))
+
+        patch.setattr(Path, "write_bytes", refuse)
+        assert "report.html: cannot be written: Permission denied. Give another" in failure(capsys, folder)
+    assert sorted(path.name for path in folder.iterdir()) == ["metrics.csv", "report.html"]
+    assert (folder / "report.html").read_text() == "old"
+    with (folder / "report.html").open() as reader:
+        assert "<h2>Loss</h2>" in report(capsys, folder)[0]
+        assert reader.read() == "old"
+    assert sorted(path.name for path in folder.iterdir()) == ["metrics.csv", "report.html"]
+
+
+def test_errors_say_what_to_do(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "there is no such folder. Give the folder of a run" in failure(capsys, tmp_path / "nothing")
+    (tmp_path / "empty").mkdir()
+    said = failure(capsys, tmp_path / "empty")
+    assert "no metrics found" in said
+    assert "Add lightning.pytorch.loggers.CSVLogger or TensorBoardLogger to trainer.logger, beside" in said
+    folder = write_csv(tmp_path / "run")
+    assert "is a file" in failure(capsys, folder / "metrics.csv")
+    assert "is a folder. Give a file" in failure(capsys, folder, "--output", tmp_path / "empty")
+    assert "there is no folder" in failure(capsys, folder, "--output", tmp_path / "no" / "page.html")
+    with pytest.raises(SystemExit) as ended:
+        main([])
+    assert ended.value.code == 2
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as ended:
+        main(["--help"])
+    assert ended.value.code == 0
+    assert "one HTML page of a finished or running run" in " ".join(capsys.readouterr().out.split())
+
+
+def test_missing_packages(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    events = write_events(tmp_path / "tensorboard" / "version_0", {"train_loss": {9: 1.0}})
+    monkeypatch.setitem(sys.modules, "tensorboard", None)
+    assert 'pip install "lightning_moe[logging]"' in failure(capsys, events)
+    write_csv(tmp_path / "csv" / "version_0")
+    _, err = report(capsys, tmp_path)
+    assert "TensorBoard's event files were left out, because tensorboard is not installed" in err
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert 'pip install "lightning_moe[plots]"' in failure(capsys, tmp_path)
