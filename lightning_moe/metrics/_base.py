@@ -1,0 +1,143 @@
+"""What the metrics share.
+
+Shapes: T tokens, K experts per token, E experts of the layer with most, L layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+from typing_extensions import override
+
+from lightning_moe.metrics.functional import mean_over_layers
+
+
+class RoutingMetric(Metric):
+    """Base of the metrics: sums per layer, of fixed shapes, which add up over micro-batches and ranks.
+
+    Updates take plain tensors, by the names that every metric uses for the same thing, so that a
+    ``MetricCollection`` hands each metric what it needs.
+
+    Args:
+        num_experts: E; a sequence has one number per layer.
+        num_layers: L, where ``num_experts`` is one number.
+        per_layer: Compute one value per layer, [L], and not their mean over the layers that saw tokens.
+        kwargs: Of :class:`torchmetrics.Metric`; ``compute_with_cache`` is off unless given.
+
+    Attributes:
+        num_experts: One number per layer.
+        num_layers: L.
+
+    Raises:
+        ValueError: a number is below 1, or there are not ``num_layers`` of them.
+    """
+
+    is_differentiable = False
+    higher_is_better: bool | None = None
+    full_state_update = False
+    plot_lower_bound: float | None = 0.0
+    plot_legend_name: str | None = "layer"
+
+    num_experts_L: Tensor
+
+    def __init__(
+        self, num_experts: int | Sequence[int], num_layers: int = 1, per_layer: bool = False, **kwargs: Any
+    ) -> None:
+        # With its cache, torchmetrics takes no part in the sum over ranks where this rank has had no update since the
+        # last compute(), and ranks that had some wait for it for ever.
+        super().__init__(**{"compute_with_cache": False, **kwargs})
+        self.num_experts = _one_per_layer(num_experts, num_layers)
+        self.num_layers = len(self.num_experts)
+        self.per_layer = per_layer
+        self.register_buffer("num_experts_L", torch.tensor(self.num_experts), persistent=False)
+
+    def plot(self, val: Any = None, ax: Any = None) -> Any:
+        """Draws a value, or several as they follow each other.
+
+        Args:
+            val: What ``compute`` or ``forward`` returned, or a list of such; ``None`` computes.
+            ax: Axes to draw on; ``None`` makes a figure.
+
+        Returns:
+            The figure, ``None`` where ``ax`` was given, and the axes.
+
+        Raises:
+            ModuleNotFoundError: matplotlib is not installed.
+        """
+        return self._plot(val, ax)
+
+    def _add_sums(self, **shapes: tuple[int, ...]) -> None:
+        """Declares whole-number sums, [L, ...]."""
+        for name, shape in shapes.items():
+            self.add_state(name, torch.zeros((self.num_layers, *shape), dtype=torch.int64), dist_reduce_fx="sum")
+
+    def _add_to(self, name: str, layer: int, value: Tensor | int) -> None:
+        """Adds to a layer's sum; ``value`` may be smaller where the layer has fewer experts.
+
+        Out of place: a state that was made in inference mode cannot be written to outside of it.
+        """
+        total: Tensor = getattr(self, name)
+        more = torch.zeros_like(total)
+        part = more[layer]
+        for dim, size in enumerate(torch.as_tensor(value).shape):
+            part = part.narrow(dim, 0, size)
+        part += value
+        setattr(self, name, total + more)
+
+    def _value_of(self, values_L: Tensor, seen_L: Tensor, empty: float = 0.0) -> Tensor:
+        return values_L if self.per_layer else mean_over_layers(values_L, seen_L, empty)
+
+    def _refuse_axes(self, ax: object) -> None:
+        if ax is not None:
+            raise ValueError(
+                f"ax={ax}: {type(self).__name__} draws a heatmap in a figure of its own. Leave ax out, and plot the "
+                "metrics of a collection one by one."
+            )
+
+    def _check(self, layer: int, topk_ids_TK: Tensor, **others: Tensor | None) -> None:
+        """Whether an update fits this metric.
+
+        Args:
+            layer: Its index.
+            topk_ids_TK: Two-dimensional.
+            others: By name; the last letters say of what shape.
+
+        Raises:
+            ValueError: something does not fit.
+        """
+        if not 0 <= layer < self.num_layers:
+            raise ValueError(
+                f"layer={layer}: {type(self).__name__} was made for {self.num_layers} layers, counted from 0. Give the "
+                "number of MoE layers as num_layers."
+            )
+        if topk_ids_TK.ndim != 2:
+            raise ValueError(f"topk_ids_TK has shape {list(topk_ids_TK.shape)}: must be [T, K]. Flatten the tokens.")
+        for name, value in others.items():
+            expected = topk_ids_TK.shape if name.endswith("_TK") else topk_ids_TK.shape[:1]
+            if value is not None and value.shape != expected:
+                raise ValueError(
+                    f"{name} has shape {list(value.shape)}: must be {list(expected)} as of topk_ids_TK. Give one value "
+                    f"per {'assignment' if name.endswith('_TK') else 'token'}."
+                )
+
+    @override
+    def extra_repr(self) -> str:
+        """Shows the layers."""
+        return f"num_experts={list(self.num_experts)}"
+
+
+def _one_per_layer(num_experts: int | Sequence[int], num_layers: int) -> tuple[int, ...]:
+    if num_layers < 1:
+        raise ValueError(f"num_layers={num_layers}: must be at least 1. Give the number of MoE layers.")
+    each = (num_experts,) * num_layers if isinstance(num_experts, int) else tuple(num_experts)
+    if not each or min(each) < 1:
+        raise ValueError(f"num_experts={num_experts}: must be at least 1. Give the experts of every layer.")
+    if num_layers not in (1, len(each)):
+        raise ValueError(
+            f"num_layers={num_layers}: num_experts has {len(each)} entries. Give one a layer, or leave num_layers out."
+        )
+    return each
