@@ -8,7 +8,14 @@ from typing import Any
 
 import pytest
 
-from lightning_moe import CapacitySchedule, ExpertBiasUpdate
+from lightning_moe import (
+    CapacitySchedule,
+    ExpertBiasUpdate,
+    ExpertHeatmap,
+    ExpertLoadMonitor,
+    MoESummary,
+    RouterCollapseGuard,
+)
 from lightning_moe.cli import MoECLI
 from lightning_moe.config import BUILT_IN_ROUTERS
 from lightning_moe.nn import ROUTERS
@@ -16,10 +23,17 @@ from tests.test_cli import from_a_shell
 
 DOCS = Path(__file__).parent.parent / "docs"
 ROUTING = (DOCS / "routing.md").read_text()
+MONITORING = (DOCS / "monitoring.md").read_text()
+
+WATCHING = {ExpertHeatmap, ExpertLoadMonitor, MoESummary, RouterCollapseGuard}
+
+
+def blocks(text: str, language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", text, re.S)
 
 
 def block(text: str, language: str) -> str:
-    (found,) = re.findall(rf"```{language}\n(.*?)```", text, re.S)
+    (found,) = blocks(text, language)
     return str(found)
 
 
@@ -44,6 +58,31 @@ def test_routing_config_is_taken(tmp_path: Path) -> None:
     kinds = {type(callback) for callback in cli.trainer.callbacks}
     assert {ExpertBiasUpdate, CapacitySchedule} <= kinds
     assert cli.model.experts_by_layer == [8, 16]
+
+
+def test_monitoring_explains_every_metric() -> None:
+    surface = (Path(__file__).parent / "public_surface.txt").read_text()
+    logged = set(re.findall(r"^metric (moe/\w+)$", surface, re.M)) - {"moe/importance_loss", "moe/load_loss"}
+    assert logged == set(re.findall(r"^\| `(moe/\w+)` \|", MONITORING, re.M))
+    metrics = re.findall(r"^name lightning_moe\.metrics\.([A-Z]\w+)", surface, re.M)
+    assert metrics
+    assert all(f"`{name}`" in MONITORING for name in metrics)
+
+
+def test_monitoring_examples_run() -> None:
+    names: dict[str, Any] = {"__name__": "monitoring"}
+    for example in blocks(MONITORING, "python"):
+        exec(compile(example, "monitoring.md", "exec"), names)
+    assert {type(callback) for callback in names["trainer"].callbacks} >= WATCHING
+    assert 1 <= names["imbalance"] <= 4
+
+
+def test_monitoring_config_is_taken(tmp_path: Path) -> None:
+    path = tmp_path / "monitoring.yaml"
+    path.write_text(block(MONITORING, "yaml"))
+    with from_a_shell():
+        cli = MoECLI(["--config", str(path), "--trainer.accelerator=cpu", "--trainer.logger=false"], run=False)
+    assert {type(callback) for callback in cli.trainer.callbacks} >= WATCHING
 
 
 def test_files_exist(project_root: Path) -> None:

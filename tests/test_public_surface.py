@@ -51,7 +51,7 @@ def logged_names() -> list[str]:
         accelerator="cpu",
         devices=2,
         strategy=ExpertParallelStrategy(2),
-        callbacks=[AuxLossCallback(0.01, 0.001, importance=0.01, load=0.01), ExpertLoadMonitor()],
+        callbacks=[AuxLossCallback(0.01, 0.001, importance=0.01, load=0.01), ExpertLoadMonitor(per_layer=True)],
         max_steps=2,
         log_every_n_steps=1,
         logger=False,
@@ -59,7 +59,8 @@ def logged_names() -> list[str]:
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    trainer.fit(Toy(replace(CONFIG, router="noisy_topk")), loader(ToyData(32), 2, trainer.global_rank))
+    data = loader(ToyData(32), 2, trainer.global_rank)
+    trainer.fit(Toy(replace(CONFIG, router="noisy_topk")), data, data)
     return sorted(set(trainer.callback_metrics) - {"train_loss", "val_loss"})
 
 

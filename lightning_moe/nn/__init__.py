@@ -1,5 +1,6 @@
 """The MoE layer and its parts."""
 
+from lightning_moe.nn.accounting import ParameterCounts, active_flops_per_token, parameter_counts
 from lightning_moe.nn.balance import importance_loss, load_balancing_loss, load_loss, router_z_loss
 from lightning_moe.nn.capacity import expert_capacity, keep_within_capacity, move_to_next_expert
 from lightning_moe.nn.decision import Decision
@@ -26,6 +27,7 @@ __all__ = [
     "LearnedRouter",
     "LossWeights",
     "MoE",
+    "ParameterCounts",
     "ResidualMLP",
     "Router",
     "Routing",
@@ -35,6 +37,7 @@ __all__ = [
     "Tokens",
     "TopKRouter",
     "Watcher",
+    "active_flops_per_token",
     "expert_capacity",
     "importance_loss",
     "keep_within_capacity",
@@ -42,6 +45,7 @@ __all__ = [
     "load_loss",
     "make_router",
     "move_to_next_expert",
+    "parameter_counts",
     "register_router",
     "router_z_loss",
     "sinkhorn",

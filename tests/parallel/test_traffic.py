@@ -110,3 +110,17 @@ def test_moments() -> None:
     first = mark(CPU)
     time.sleep(0.01)
     assert seconds_between(first, mark(CPU)) >= 0.01
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_moments_of_a_gpu_are_those_of_its_work() -> None:
+    device = torch.device("cuda")
+    torch.cuda.synchronize()
+    start, meter = time.perf_counter(), TrafficMeter()
+    meter.start()
+    with meter.waiting(device):
+        torch.cuda._sleep(10**9)  # cycles: about half a second
+    assert time.perf_counter() - start < 0.1  # nobody waits before the end
+    torch.cuda.synchronize()
+    busy = time.perf_counter() - start
+    assert 0.8 * busy < meter.stop().seconds <= 1.01 * busy

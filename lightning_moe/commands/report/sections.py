@@ -58,7 +58,8 @@ _COMMUNICATION = (
     _About("Time", ("dispatch_seconds", "dispatch_seconds_slowest"),
            "A step's time waiting for the wire: mean over ranks, and the rank with most.", seconds,
            from_zero=True),
-    _About("Bytes", ("dispatch_bytes", "dispatch_bytes_received"), "A step's, as a mean over ranks.", in_bytes,
+    _About("Bytes", ("dispatch_bytes", "dispatch_bytes_received"),
+           "Sent in a step, mean over ranks, and received by the rank that gets most.", in_bytes,
            from_zero=True),
 )  # fmt: skip
 
