@@ -53,6 +53,7 @@ def logged_names() -> list[str]:
         strategy=ExpertParallelStrategy(2),
         callbacks=[AuxLossCallback(0.01, 0.001, importance=0.01, load=0.01), ExpertLoadMonitor(per_layer=True)],
         max_steps=2,
+        val_check_interval=2,
         log_every_n_steps=1,
         logger=False,
         enable_checkpointing=False,

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lightning_moe.metrics.functional import EVEN, dead_experts, entropy_sum, fraction, load_imbalance
 from lightning_moe.nn import Decision, MoE
 
 _FURTHER = 4
@@ -28,10 +29,8 @@ class RoutingCounter:
 
     def look(self, decision: Decision) -> Tensor:
         """All that is counted of one micro-batch."""
-        entropy_T = torch.special.entr(decision.probs_TE).sum(1)
-        if decision.tokens.valid_T is not None:
-            entropy_T = entropy_T.masked_fill(~decision.tokens.valid_T, 0)
-        scalars = decision.num_dropped, decision.num_rerouted, entropy_T.sum(), decision.tokens.num_valid
+        entropy, num_tokens = entropy_sum(decision.probs_TE, decision.tokens.valid_T)
+        scalars = decision.num_dropped, decision.num_rerouted, entropy, num_tokens
         return torch.cat([decision.tokens_per_expert_E.double(), torch.stack([n.double() for n in scalars])])
 
     def count(self, looked: Tensor) -> None:
@@ -48,7 +47,7 @@ class RoutingCounts:
         num_experts_L: Experts of every layer.
         num_dropped_L: Assignments that found no expert with room.
         num_rerouted_L: Assignments that another expert took.
-        entropy_L: Sum over tokens of the entropy of the router's probabilities, in nats.
+        entropy_L: Sum over tokens of the entropy of the router's probabilities, each divided by log(E).
         num_tokens_L: Tokens that are no padding.
     """
 
@@ -61,16 +60,13 @@ class RoutingCounts:
 
     def metrics(self) -> dict[str, Tensor]:
         """What is logged, by name, [L]."""
-        counts_LE, experts_L = self.tokens_per_expert_LE, self.num_experts_L
-        total_L = counts_LE.sum(1)
-        some_L = total_L.clamp(min=1)
-        is_expert_LE = torch.arange(counts_LE.shape[1], device=counts_LE.device) < experts_L.unsqueeze(1)
+        total_L = self.tokens_per_expert_LE.sum(1)
         return {
-            "load_imbalance": counts_LE.amax(1) * experts_L / some_L,
-            "dead_experts": ((counts_LE == 0) & is_expert_LE).sum(1).double(),
-            "dropped_fraction": self.num_dropped_L / some_L,
-            "rerouted_fraction": self.num_rerouted_L / some_L,
-            "router_entropy": self.entropy_L / self.num_tokens_L.clamp(min=1) / experts_L.clamp(min=2).log(),
+            "load_imbalance": load_imbalance(self.tokens_per_expert_LE, self.num_experts_L),
+            "dead_experts": dead_experts(self.tokens_per_expert_LE, self.num_experts_L),
+            "dropped_fraction": fraction(self.num_dropped_L, total_L),
+            "rerouted_fraction": fraction(self.num_rerouted_L, total_L),
+            "router_entropy": fraction(self.entropy_L, self.num_tokens_L, empty=EVEN),
         }
 
 

@@ -99,6 +99,7 @@ class AuxLossCallback(RoutingCallback):
         self.decay_steps = decay_steps
         self.final_ratio = final_ratio
         self._last_step: float = math.inf if decay_steps is None else decay_steps
+        self._in_force = self.peak
         self._sum_4: Tensor | None = None
         self._count = 0
 
@@ -116,6 +117,7 @@ class AuxLossCallback(RoutingCallback):
                 "whose settings are --aux_loss."
             )
         self._sum_4, self._count = None, 0
+        self.scale_load_balancing(1.0)
         for layer in self.layers:
             layer.tap.loss_weights = LossWeights()
             layer.tap.scope = self.scope
@@ -152,6 +154,13 @@ class AuxLossCallback(RoutingCallback):
         """All weights at an optimizer step."""
         return LossWeights(*(weight * self._factor(step) for weight in self.peak))
 
+    def scale_load_balancing(self, factor: float) -> None:
+        """Multiplies the load-balancing weight of the config, for the steps from the next one to the end of the fit.
+
+        The same on every rank. Whoever calls it sees to it that a resumed run has the factor again.
+        """
+        self.peak = self.peak._replace(load_balancing=self.load_balancing * factor)
+
     def _factor(self, step: int) -> float:
         if step < self.warmup_steps:
             return (step + 1) / (self.warmup_steps + 1)
@@ -165,7 +174,8 @@ class AuxLossCallback(RoutingCallback):
     def on_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Tensor) -> None:
         # Lightning has already divided the task's loss by the number of micro-batches.
         share = len(self.layers) * (trainer.accumulate_grad_batches if pl_module.automatic_optimization else 1)
-        weights = LossWeights(*(weight / share for weight in self.weights(trainer.global_step)))
+        self._in_force = self.weights(trainer.global_step)
+        weights = LossWeights(*(weight / share for weight in self._in_force))
         # Under DDP's 16-mixed the loss that comes here is scaled already; elsewhere its own gradient tells the scale.
         scaler = getattr(trainer.precision_plugin, "scaler", None)
         scale: Any = 1.0 if scaler is None else scaler.scale(torch.ones((), device=loss.device))
@@ -196,11 +206,10 @@ class AuxLossCallback(RoutingCallback):
         losses_4 = torch.zeros(4, device=pl_module.device) if self._sum_4 is None else self._sum_4 / self._count
         self._sum_4, self._count = None, 0
         losses = mean_over_ranks(trainer, losses_4.unbind())
-        weights = self.weights(trainer.global_step - 1)
         logged = {
             "moe/load_balancing_loss": losses[0],
             "moe/router_z_loss": losses[1],
-            "moe/aux_loss": sum(weight * loss for weight, loss in zip(weights, losses, strict=True)),
+            "moe/aux_loss": sum(weight * loss for weight, loss in zip(self._in_force, losses, strict=True)),
         }
         if self.importance:
             logged["moe/importance_loss"] = losses[2]

@@ -12,6 +12,7 @@ from typing_extensions import override
 from lightning_moe.callbacks._counters import RoutingCounter, read, take
 from lightning_moe.callbacks._layers import RoutingCallback, is_logging_step, moe_layers, sum_over_ranks
 from lightning_moe.callbacks._traffic import StepTraffic
+from lightning_moe.metrics.functional import mean_over_layers
 from lightning_moe.nn import MoE
 
 
@@ -106,7 +107,8 @@ class ExpertLoadMonitor(RoutingCallback):
             return
         counters = [counter for _, counter in self._eval_counters]
         self._leave_evaluation()
-        pl_module.log_dict(self._values("val_moe", sum_over_ranks(take(counters)), counters))
+        values = self._values("val_moe", sum_over_ranks(take(counters)), counters)
+        pl_module.log_dict(values, sync_dist=True)  # the same on all ranks already: Lightning warns otherwise
 
     def _leave_evaluation(self) -> None:
         for layer, counter in self._eval_counters:
@@ -120,8 +122,12 @@ class ExpertLoadMonitor(RoutingCallback):
 
     def _values(self, prefix: str, sums: Tensor, counters: list[RoutingCounter]) -> dict[str, Tensor]:
         """What is logged of sums over all ranks, by name."""
-        of_layers = read(sums, counters).metrics()
-        values = {f"{prefix}/{name}": values_L.mean() for name, values_L in of_layers.items()}
+        counts = read(sums, counters)
+        of_layers = counts.metrics()
+        seen_L = counts.num_tokens_L > 0
+        seen_L = seen_L | ~seen_L.any()
+        means = {name: mean_over_layers(values_L, seen_L) for name, values_L in of_layers.items()}
+        values = {f"{prefix}/{name}": mean for name, mean in means.items()}
         if self.per_layer:
             for name, values_L in of_layers.items():
                 for i, value in enumerate(values_L.unbind()):

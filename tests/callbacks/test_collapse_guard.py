@@ -1,0 +1,511 @@
+"""Collapsed routers are found in time, by all ranks at once, and nothing else is taken for one.
+
+Which experts a token gets is in the data: layer 0 reads features 0 to 3, one for each expert, and layer 1 the others.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import re
+import warnings
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import cycle, islice
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from lightning_moe import AuxLossCallback
+from lightning_moe.callbacks.collapse_guard import RouterCollapseGuard
+from lightning_moe.data import ResumableDataLoader
+from tests.callbacks.runs import Memory, Side, in_order, layers_of, parallel, quiet, rank
+from tests.toy import CONFIG, WIDTH, Toy, ToyData
+
+Pairs = list[tuple[int, int]]  # of experts, best first
+EVEN: Pairs = [(0, 1), (1, 2), (2, 3), (3, 0)]
+COLLAPSED: Pairs = [(0, 1), (1, 0)]
+PATIENCE, CHECK = 6, 3
+
+
+def tokens(pairs: Pairs, others: Pairs = EVEN, count: int = 16, sharp: float = 1.0) -> tuple[Tensor, Tensor]:
+    """A batch of one sequence whose tokens go to these experts in turn, in layer 0 and in layer 1."""
+    x = torch.zeros(1, count, WIDTH)
+    for token, (mine, other) in enumerate(islice(zip(cycle(pairs), cycle(others), strict=False), count)):
+        for features, (first, second) in ((0, mine), (4, other)):
+            x[0, token, features + first], x[0, token, features + second] = 2 * sharp, sharp
+    return x, torch.zeros(1, count, 3)
+
+
+class Steered(Side):
+    """Routers that go by the data; a token of zeros is padding. It keeps the gradients of the routers."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self.router_gradients: list[float] = []
+        super().__init__(*args, **{"learning_rate": 0.0, **kwargs})
+
+    def build(self) -> None:
+        super().build()
+        for index, layer in enumerate(layers_of(self)):
+            layer.router.weight.data = torch.eye(WIDTH)[4 * index : 4 * index + 4].clone()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.inp(x)
+        for block in self.blocks:
+            y = y + block(x, x.abs().sum(-1) > 0)
+        return self.out(torch.tanh(y))
+
+    def on_before_optimizer_step(self, optimizer: Any) -> None:
+        grad = layers_of(self)[0].router.weight.grad
+        if grad is not None:
+            self.router_gradients.append(float(grad.norm()))
+
+
+def batches(data: Sequence[tuple[Tensor, Tensor]]) -> DataLoader[Any]:
+    return ResumableDataLoader(list(data), batch_size=None)
+
+
+class Heard:
+    """What the guard says while it is entered."""
+
+    steps = 0
+
+    def __enter__(self) -> Heard:
+        self.warned: list[str] = []
+        self.told: list[str] = []
+        self._caught = warnings.catch_warnings(record=True)
+        self._warnings = self._caught.__enter__()
+        warnings.simplefilter("always")
+        self._handler = logging.Handler()
+        self._handler.emit = lambda record: self.told.append(record.getMessage())  # type: ignore[method-assign]
+        logging.getLogger("lightning.pytorch.utilities.rank_zero").addHandler(self._handler)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        logging.getLogger("lightning.pytorch.utilities.rank_zero").removeHandler(self._handler)
+        self._caught.__exit__(None, None, None)
+        mine = "RouterCollapseGuard"
+        self.warned = [text for w in self._warnings or [] if (text := str(w.message)).startswith(mine)]
+        self.told = [text for text in self.told if text.startswith(mine)]
+
+
+def guard(**options: Any) -> RouterCollapseGuard:
+    return RouterCollapseGuard(**{"patience": PATIENCE, "check_every_n_steps": CHECK, **options})
+
+
+def steps_of(texts: list[str]) -> list[int]:
+    return [int(found.group(1)) for text in texts if (found := re.match(r"RouterCollapseGuard, step (\d+)", text))]
+
+
+def guarded(data: Sequence[tuple[Tensor, Tensor]], watch: RouterCollapseGuard, **options: Any) -> Heard:
+    """A run of one process over the data, once."""
+    model = options.pop("model", None) or Steered()
+    extra, validation = options.pop("callbacks", []), options.pop("validation", None)
+    with Heard() as heard:
+        trainer = quiet(callbacks=[*extra, watch], max_epochs=1, **options)
+        trainer.fit(model, batches(data), *([] if validation is None else [batches(validation)]))
+    heard.steps = trainer.global_step
+    assert not any(layer.tap.watchers for layer in layers_of(model))
+    return heard
+
+
+# ------------------------------------------------------------------------------- caught in time
+
+
+def caught_at(collapsed_from: int) -> int:
+    """By hand: the first check that has seen PATIENCE steps in checks that were collapsed throughout."""
+    first_whole = math.ceil((collapsed_from - 1) / CHECK) * CHECK
+    return first_whole + PATIENCE
+
+
+@pytest.mark.parametrize("collapsed_from", range(1, 6))
+def test_warns_in_time(collapsed_from: int) -> None:
+    data = [tokens(EVEN)] * (collapsed_from - 1) + [tokens(COLLAPSED)] * 20
+    heard = guarded(data, guard())
+    expected = caught_at(collapsed_from)
+    assert expected - (collapsed_from - 1) <= PATIENCE + CHECK
+    assert steps_of(heard.warned) == [expected]
+    assert heard.steps == len(data)
+
+
+@pytest.mark.parametrize("collapsed_from", [1, 4, 5])
+def test_stops_in_time(collapsed_from: int) -> None:
+    data = [tokens(EVEN)] * (collapsed_from - 1) + [tokens(COLLAPSED)] * 20
+    heard = guarded(data, guard(action="stop"))
+    assert heard.steps == caught_at(collapsed_from)
+    assert steps_of(heard.warned) == [caught_at(collapsed_from)]
+    assert "Training stops." in heard.warned[0]
+
+
+def test_raises_the_weight_in_time_and_again() -> None:
+    """What is logged and the routers' gradient change with the step after, and by the factor."""
+    data = [tokens(EVEN)] * 3 + [tokens(COLLAPSED, COLLAPSED)] * 24
+    memory, model, aux = Memory(), Steered(task=0.0), AuxLossCallback(0.1, warmup_steps=2)
+    # The guard acts before the other callback logs: it must not show in the step that has just ended.
+    with Heard() as heard:
+        callbacks = [guard(action="raise_weight", factor=3.0, max_weight=2.0), aux]
+        quiet(callbacks=callbacks, max_epochs=1, logger=memory, log_every_n_steps=1).fit(model, batches(data))
+    assert steps_of(heard.warned) == [9, 15, 21]
+    weights = [0.1] * 9 + [0.3] * 6 + [0.9] * 6 + [2.0] * 6
+    for step, (logged, weight) in enumerate(zip(memory.metrics, weights, strict=True)):
+        factor = min(1.0, (step + 1) / 3)
+        assert logged["moe/aux_loss"] == pytest.approx(weight * factor * logged["moe/load_balancing_loss"]), step
+    gradients = [value / model.router_gradients[3] for value in model.router_gradients[3:]]
+    assert gradients == pytest.approx([weight / 0.1 for weight in weights[3:]], rel=1e-5)
+    assert "The load_balancing weight is 0.3 since step 9." in heard.warned[0]
+    assert "The load_balancing weight is 2 since step 21, and max_weight." in heard.warned[2]
+
+
+# ---------------------------------------------------------------------------------- over ranks
+
+
+def on_ranks(ep_size: int, action: str, plans: list[list[tuple[Pairs, int]]], accumulate: int = 1) -> dict[str, Any]:
+    """Every rank goes through its own plan of (experts, tokens) again and again; 20 steps."""
+    mine = list(islice(cycle(plans[rank()]), 20 * accumulate))
+    data = [tokens(pairs, count=max(count, 1)) for pairs, count in mine]
+    for (x, _), (_, count) in zip(data, mine, strict=True):
+        if count == 0:
+            x.zero_()  # one token, which is padding
+    aux, model = AuxLossCallback(0.1), Steered()
+    with Heard() as heard:
+        trainer = parallel(len(plans), ep_size, callbacks=[aux, guard(action=action)], max_epochs=1,
+                           accumulate_grad_batches=accumulate)  # fmt: skip
+        trainer.fit(model, batches(data))
+    return {"warned": heard.warned, "steps": trainer.global_step, "weight": aux.peak.load_balancing}
+
+
+ONLY_IN_SUM = [
+    [(EVEN[:1] * 3 + [(2, 3)], 4)],  # alone, experts 2 and 3 have half of the mean load
+    [(COLLAPSED, 60)],
+]
+NO_TOKENS = [[(COLLAPSED, 12)], [(COLLAPSED, 0)]]
+EVEN_IN_SUM = [[([(0, 1)], 8)], [([(2, 3)], 8)]]
+
+
+@pytest.mark.parametrize("action", ["warn", "raise_weight", "stop"])
+@pytest.mark.parametrize(
+    ("plans", "ep_size"), [(ONLY_IN_SUM, 2), (NO_TOKENS, 1), (NO_TOKENS, 2)], ids=["sum", "none-1", "none-2"]
+)
+def test_all_ranks_catch_it_at_the_same_step(action: str, plans: Any, ep_size: int, get_pool: Any) -> None:
+    first, second = get_pool(2).run(on_ranks, ep_size, action, plans)
+    assert steps_of(first["warned"]) == ([6, 12, 18] if action == "raise_weight" else [6])
+    assert not second["warned"], "rank zero warns"
+    for result in (first, second):
+        assert result["steps"] == (6 if action == "stop" else 20)
+        assert result["weight"] == pytest.approx(0.8 if action == "raise_weight" else 0.1)
+    if plans is ONLY_IN_SUM:
+        share = 1 / ((8 + 120) / 4)
+        assert f"expert 2 ({share:.3g} of it), 3 ({share:.3g} of it), of 4" in first["warned"][0]
+
+
+def test_what_is_even_over_ranks_is_no_collapse(get_pool: Any) -> None:
+    for result in get_pool(2).run(on_ranks, 2, "stop", EVEN_IN_SUM):
+        assert result["steps"] == 20
+        assert not result["warned"]
+
+
+def test_accumulated_micro_batches_are_one_step(get_pool: Any) -> None:
+    """The fourth micro-batch of every step of rank 1 alone keeps experts 2 and 3 alive."""
+    rescued = [[(COLLAPSED, 8)], [(COLLAPSED, 8)] * 3 + [([(2, 3)], 8)]]
+    first, _ = get_pool(2).run(on_ranks, 2, "stop", rescued, 4)
+    assert first["steps"] == 20
+    first, second = get_pool(2).run(on_ranks, 2, "stop", [[(COLLAPSED, 8)], [(COLLAPSED, 8)]], 4)
+    assert first["steps"] == second["steps"] == 6
+
+
+# ------------------------------------------------------------------------------- no false alarms
+
+
+def test_short_dips_and_low_loads_are_no_collapse() -> None:
+    dip = [tokens(EVEN)] * 4 + [tokens(COLLAPSED, COLLAPSED)] * (PATIENCE - 1)
+    uneven = [tokens([(0, 1)] * 7 + [(2, 3)], EVEN)] * 15  # experts 2 and 3: a quarter of the mean
+    assert not guarded(dip * 3 + [tokens(EVEN)] * 3 + uneven, guard()).warned
+    assert guarded(uneven, guard(min_load=0.26)).warned
+    assert not guarded(uneven, guard(min_load=0.25)).warned
+
+
+@pytest.mark.parametrize("collapsed_in_training", [False, True])
+def test_validation_is_not_judged(collapsed_in_training: bool) -> None:
+    train, validate = (COLLAPSED, EVEN) if collapsed_in_training else (EVEN, COLLAPSED)
+    heard = guarded([tokens(train)] * 12, guard(), validation=[tokens(validate, count=200)] * 2,
+                    val_check_interval=2, num_sanity_val_steps=2)  # fmt: skip
+    assert steps_of(heard.warned) == ([6] if collapsed_in_training else [])
+
+
+@pytest.mark.parametrize("router", ["hash", "random", "expert_choice", "sinkhorn"])
+def test_routers_that_balance_themselves_are_not_judged_by_load(router: str) -> None:
+    """All tokens have the same id, so that a hash router has two experts only."""
+
+    class OneId(Toy):
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.inp(x)
+            for block in self.blocks:
+                h = h + block(h, token_ids=torch.zeros(x.shape[:2], dtype=torch.int64))
+            return self.out(h)
+
+    config = replace(CONFIG, router=router, capacity_factor=1.0 if router == "expert_choice" else None)
+    with Heard() as heard:
+        quiet(callbacks=[guard(min_load=0.9)], max_steps=12).fit(OneId(config), in_order(ToyData(48)))
+    assert not heard.warned
+
+
+def test_a_layer_without_tokens_stays_as_it_was() -> None:
+    """In between, batches are all padding: they neither count nor are a recovery."""
+    none = torch.zeros(1, 4, WIDTH), torch.zeros(1, 4, 3)
+    heard = guarded([tokens(COLLAPSED)] * 3 + [none] * 6 + [tokens(COLLAPSED)] * 6, guard())
+    assert steps_of(heard.warned) == [12]
+    assert not heard.told
+
+
+# ------------------------------------------------------------------------------------- episodes
+
+
+def test_once_an_episode_and_again_for_further_experts_and_after_recovery() -> None:
+    further: Pairs = [(0, 1), (0, 1), (0, 1), (0, 2)]  # expert 3 alone gets nothing
+    data = [tokens(further)] * 12 + [tokens(COLLAPSED)] * 12 + [tokens(EVEN)] * 3 + [tokens(COLLAPSED)] * 9
+    heard = guarded(data, guard())
+    assert steps_of(heard.warned) == [6, 18, 33]
+    assert "for 6 steps: expert 3 (0 of it), of 4" in heard.warned[0]
+    assert "for 6 to 18 steps: expert 2 (0 of it), 3 (0 of it), of 4" in heard.warned[1]
+    assert heard.told == ["RouterCollapseGuard, step 27: recovered from collapse: layer_00 (blocks.0)."]
+
+
+def test_guards_of_different_bounds_beside_each_other() -> None:
+    """The first only warns of what the second, which is more patient, stops."""
+    with Heard() as heard:
+        trainer = quiet(callbacks=[guard(), guard(action="stop", patience=12)], max_epochs=1)
+        trainer.fit(Steered(), batches([tokens(COLLAPSED)] * 20))
+    assert steps_of(heard.warned) == [6, 12]
+    assert trainer.global_step == 12
+
+
+def test_message() -> None:
+    heard = guarded([tokens(EVEN)] * 3 + [tokens(EVEN, [(3, 2)] * 31 + [(0, 1)], count=32)] * 6, guard())
+    (warned,) = heard.warned
+    assert warned == (
+        "RouterCollapseGuard, step 9: routers have collapsed.\n"
+        "  layer_01 (blocks.1): less than min_load=0.1 of the mean load for 6 steps: "
+        "expert 0 (0.0625 of it), 1 (0.0625 of it), of 4.\n"
+        "Nothing is done about it. What helps: larger weights of AuxLossCallback (load_balancing, router_z), "
+        "a lower learning rate, a checkpoint of step 3 or before; see docs/monitoring.md."
+    )
+
+
+def test_many_experts_are_not_all_named() -> None:
+    model = Toy(replace(CONFIG, num_experts=32))
+    for layer in layers_of(model):
+        layer.router.weight.data[2:] = 0
+        layer.router.weight.data[:2] = 1
+
+    class Ones(ToyData):
+        def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+            return torch.ones(3, WIDTH), self.y[index]
+
+    model.inp.weight.data.fill_(1.0)
+    model.learning_rate = 0.0
+    with Heard() as heard:
+        quiet(callbacks=[guard()], max_steps=6).fit(model, in_order(Ones(32)))
+    assert "9 (0 of it), and 22 more, of 32" in heard.warned[0]
+
+
+# -------------------------------------------------------------------------------------- entropy
+
+
+def entropy_of(sharp: float) -> float:
+    """Of the scores of a token with logits 2, 1, 0, 0 times ``sharp``, over that of even ones."""
+    exps = [math.exp(sharp * logit) for logit in (2, 1, 0, 0)]
+    shares = [value / sum(exps) for value in exps]
+    return -sum(share * math.log(share) for share in shares) / math.log(4)
+
+
+@pytest.mark.parametrize("offset", [-0.001, 0.001])
+def test_entropy_is_judged(offset: float) -> None:
+    """Load is even throughout, and the mean over tokens is between those of the two kinds of tokens."""
+    (x, y), (sharp, _) = tokens(EVEN, count=16), tokens(EVEN, count=16, sharp=3.0)
+    data = [(torch.cat([x, sharp[:, :8]], 1), torch.cat([y, y[:, :8]], 1))] * 9
+    mean = (16 * entropy_of(1.0) + 8 * entropy_of(3.0)) / 24
+    watch = guard(min_load=0.0, min_entropy=mean + offset)
+    heard = guarded(data, watch)
+    assert steps_of(heard.warned) == ([6] if offset > 0 else [])
+    if heard.warned:
+        said = f"router entropy {mean:.3g}, under min_entropy={mean + offset}, for 6 steps"
+        assert f"layer_00 (blocks.0): {said}.\n  layer_01 (blocks.1): {said}." in heard.warned[0]
+
+
+# ------------------------------------------------------------------------------ what it is good for
+
+
+@pytest.mark.parametrize("action", ["warn", "raise_weight"])
+def test_raised_weight_ends_a_collapse(action: str) -> None:
+    """A bias towards two experts that the weight of the config is too small to take away."""
+    aux = AuxLossCallback(0.001)
+    watch = guard(action=action, factor=10.0, max_weight=10.0)
+    model = Side(task=0.0, optimizer=torch.optim.SGD, learning_rate=0.5)
+    for layer in layers_of(model):
+        layer.router.weight.data *= 0.1
+        layer.router.weight.data[:2, 0] += 1.0
+
+    class Biased(ToyData):
+        def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+            x, y = super().__getitem__(index)
+            return torch.cat([torch.full((len(x), 1), 2.0), x[:, 1:]], 1), y
+
+    with Heard() as heard:
+        quiet(callbacks=[aux, watch], max_steps=90).fit(model, in_order(Biased(120)))
+    if action == "warn":
+        assert aux.peak.load_balancing == 0.001
+        assert len(heard.warned) == 1
+        assert not heard.told
+    else:
+        assert aux.peak.load_balancing > 0.5
+        assert "layer_00 (blocks.0)" in " ".join(heard.told)
+        assert "layer_01 (blocks.1)" in " ".join(heard.told)
+        assert not watch.state_dict()["reported"][0].count(True)
+
+
+# ----------------------------------------------------------------------------------------- resume
+
+
+def resumed(folder: str, world: int, action: str, rescued: bool) -> dict[str, Any]:
+    """Checkpoints in the middle of an interval and of the patience, and after the weight was raised.
+
+    The load of experts 2 and 3 is another in each step; ``rescued``, it is even in step 8 on the last rank.
+    """
+    count = 32 + 64 * (rank() if world > 1 else 0)
+    data = [tokens(EVEN, count=5)] * 3 + [
+        tokens(COLLAPSED * 15 + [(0, 1), (2, 3)] if step % 2 else COLLAPSED, count=count) for step in range(4, 24)
+    ]
+    if rescued and (world == 1 or rank() == world - 1):
+        data[7] = tokens(EVEN, count=count)
+
+    def fit(steps: int, *callbacks: L.Callback, weight: float = 0.1, **options: Any) -> dict[str, Any]:
+        watch, aux, memory = guard(action=action), AuxLossCallback(weight), Memory()
+        settings: dict[str, Any] = {
+            "callbacks": [watch, aux, *callbacks], "max_steps": steps, "logger": memory, "log_every_n_steps": 1,
+            "enable_checkpointing": bool(callbacks),
+        }  # fmt: skip
+        trainer = quiet(**settings) if world == 1 else parallel(world, world, **settings)
+        with Heard() as heard:
+            trainer.fit(Steered(), batches(data), **options)
+        if callbacks:
+            trainer.strategy.barrier()
+        return {
+            "steps": trainer.global_step,
+            "warned": heard.warned,
+            "state": (watch.state_dict(), aux.peak),
+            "logged": [metrics["moe/aux_loss"] for metrics in memory.metrics],
+        }
+
+    saver = ModelCheckpoint(folder, filename="{step}", every_n_train_steps=1, save_top_k=-1, monitor=None)
+    path = str(Path(folder) / "step={}.ckpt")
+    return {
+        "whole": fit(20, saver),
+        "resumed": {at: fit(20, ckpt_path=path.format(at)) for at in (2, 7, 8, 9, 11) if action != "stop" or at < 10},
+        "other weight": fit(20, weight=0.2, ckpt_path=path.format(9)),
+    }
+
+
+@pytest.mark.parametrize(
+    ("world", "action", "rescued"),
+    [
+        (1, "warn", False),
+        (1, "stop", True),
+        (1, "raise_weight", False),
+        (2, "raise_weight", False),
+        (2, "stop", False),
+        (2, "warn", True),
+    ],
+)
+def test_resumed_run_acts_at_the_same_step(
+    world: int, action: str, rescued: bool, get_pool: Any, tmp_path: Path
+) -> None:
+    if world == 1:
+        results = [resumed(str(tmp_path), 1, action, rescued)]
+    else:
+        results = get_pool(world).run(resumed, str(tmp_path), world, action, rescued)
+    acts = 15 if rescued else 9
+    for index, result in enumerate(results):
+        whole = result["whole"]
+        for at, again in result["resumed"].items():
+            if action == "stop" and at >= acts:
+                # The run had been stopped: it has its patience again, and goes on as long as that.
+                assert again["steps"] == acts + PATIENCE
+                continue
+            assert again["steps"] == whole["steps"] == (acts if action == "stop" else 20)
+            assert again["warned"] == [text for text in whole["warned"] if steps_of([text])[0] > at]
+            assert again["state"] == whole["state"]
+            assert again["logged"] == whole["logged"][at:]
+        if index == 0:
+            assert steps_of(whole["warned"]) == ([9, 15] if action == "raise_weight" else [acts])
+            assert ["(0 of it)" in text for text in whole["warned"]] == [False] * len(whole["warned"])
+        if action == "raise_weight":
+            assert result["other weight"]["logged"] == pytest.approx([2 * value for value in whole["logged"][9:]])
+
+
+def test_another_fit_begins_anew() -> None:
+    watch, aux = guard(action="raise_weight"), AuxLossCallback(0.1)
+    for _ in range(2):
+        heard = guarded([tokens(COLLAPSED)] * 10, watch, callbacks=[aux])
+        assert steps_of(heard.warned) == [6]
+        assert aux.peak.load_balancing == 0.2
+    quiet(callbacks=[aux, watch], max_steps=1).fit(Steered(), batches([tokens(EVEN)]))
+    assert aux.peak.load_balancing == 0.1
+
+
+# -------------------------------------------------------------------------------------- refusals
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"min_load": 1.0}, "min_load=1.0: must be from 0 to below 1, a share of the mean load. Use 0.1."),
+        ({"min_load": -0.1}, "min_load=-0.1: must be from 0 to below 1, a share of the mean load. Use 0.1."),
+        ({"min_load": math.nan}, "min_load=nan: must be"),
+        ({"min_load": 0.0}, "min_load=0: nothing is judged without min_entropy."),
+        ({"min_entropy": 0.0}, "min_entropy=0.0: must be between 0, certain, and 1, undecided."),
+        ({"min_entropy": 1.0}, "min_entropy=1.0: must be between"),
+        ({"check_every_n_steps": 0}, "check_every_n_steps=0: must be at least 1. Use 10."),
+        ({"patience": 0}, "patience=0: must be a multiple of check_every_n_steps=10, at least one. Use 10, or"),
+        ({"patience": 25}, "patience=25: must be a multiple of check_every_n_steps=10, at least one. Use 30, or"),
+        ({"action": "shout"}, "action='shout': unknown. Known: warn, raise_weight, stop."),
+        ({"factor": 1.0}, "factor=1.0: must be a finite number above 1. Use 2.0."),
+        ({"factor": math.inf}, "factor=inf: must be"),
+        ({"max_weight": 0.0}, "max_weight=0.0: must be a finite number above 0. Use 1.0."),
+    ],
+    ids=str,
+)
+def test_values_out_of_range(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
+        RouterCollapseGuard(**options)
+
+
+@pytest.mark.parametrize(
+    ("callbacks", "message"),
+    [
+        ([], "action='raise_weight': multiplies the load_balancing weight of AuxLossCallback, and there is none. Add"),
+        (
+            [AuxLossCallback(0.0, 0.1)],
+            "action='raise_weight': multiplies the load_balancing weight of AuxLossCallback, and its weight is 0. Add",
+        ),
+        (
+            [AuxLossCallback(0.1), RouterCollapseGuard(0.2, action="raise_weight")],
+            "action='raise_weight': another RouterCollapseGuard raises the same weight. Use action='warn' in one.",
+        ),
+        ([AuxLossCallback(1.0)], "max_weight=1.0: must be above load_balancing=1.0 of AuxLossCallback for"),
+    ],
+    ids=str,
+)
+def test_no_weight_to_raise(callbacks: list[L.Callback], message: str) -> None:
+    with pytest.raises(MisconfigurationException, match=f"^{re.escape(message)}"):
+        quiet(callbacks=[*callbacks, guard(action="raise_weight")], max_steps=1).fit(Toy(), in_order(ToyData(4)))
+    for callback in callbacks:
+        if isinstance(callback, RouterCollapseGuard):
+            callback.action = "warn"
+    quiet(callbacks=[*callbacks, guard(min_load=0.3)], max_steps=1).fit(Toy(), in_order(ToyData(4)))
