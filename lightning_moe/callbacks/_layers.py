@@ -112,6 +112,12 @@ def moe_layers(module: L.LightningModule) -> list[MoE]:
     return [part for part in module.modules() if isinstance(part, MoE)]
 
 
+def names_of(layers: Sequence[MoE], module: L.LightningModule) -> list[str]:
+    """Names of layers in their module: ``transformer.blocks.3.feed_forward``."""
+    names = {id(part): name for name, part in module.named_modules()}
+    return [names[id(layer)] for layer in layers]
+
+
 def is_logging_step(trainer: L.Trainer, step: int | None = None) -> bool:
     """Whether the loggers get to see an optimizer step; the same on every rank.
 

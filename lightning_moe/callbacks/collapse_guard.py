@@ -17,7 +17,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_moe.callbacks._counters import RoutingCounter, RoutingCounts, read, take
-from lightning_moe.callbacks._layers import RoutingCallback, sum_over_ranks
+from lightning_moe.callbacks._layers import RoutingCallback, names_of, sum_over_ranks
 from lightning_moe.callbacks.aux_loss import AuxLossCallback
 from lightning_moe.nn import MoE
 
@@ -156,15 +156,14 @@ class RouterCollapseGuard(RoutingCallback):
 
     @override
     def attach(self, pl_module: L.LightningModule) -> None:
-        names = {id(part): name for name, part in pl_module.named_modules()}
         self._watched, self._names = [], []
-        for index, layer in enumerate(self.layers):
+        for index, (layer, name) in enumerate(zip(self.layers, names_of(self.layers, pl_module), strict=True)):
             judges_load = self.min_load > 0 and not layer.router.balances_itself
             if layer.num_experts > 1 and (judges_load or self.min_entropy is not None):
                 counter = RoutingCounter(layer, pl_module.device)
                 layer.tap.watchers.append(counter)
                 self._watched.append((layer, counter))
-                self._names.append(f"layer_{index:02} ({names[id(layer)]})")
+                self._names.append(f"layer_{index:02} ({name})")
         shape = len(self._watched), max([layer.num_experts for layer, _ in self._watched], default=0) + 1
         self._low_steps = torch.zeros(shape, dtype=torch.int64)
         self._reported = torch.zeros(shape, dtype=torch.bool)

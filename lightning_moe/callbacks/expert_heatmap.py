@@ -17,10 +17,9 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_moe.callbacks._figures import FigureWriter
-from lightning_moe.callbacks._layers import RoutingCallback, sum_over_ranks
+from lightning_moe.callbacks._layers import RoutingCallback, names_of, sum_over_ranks
 from lightning_moe.dispatch.permute import count_ids
-from lightning_moe.metrics._drawing import require_matplotlib
-from lightning_moe.metrics.figures import class_figure, load_figure
+from lightning_moe.metrics.figures import class_figure, load_figure, require_matplotlib
 from lightning_moe.nn import Decision, MoE
 
 _OTHER = "other"
@@ -84,8 +83,7 @@ class ExpertHeatmap(RoutingCallback):
 
     @override
     def attach(self, pl_module: L.LightningModule) -> None:
-        names = {id(part): name for name, part in pl_module.named_modules()}
-        self._names = [names[id(layer)] for layer in self.layers]
+        self._names = names_of(self.layers, pl_module)
         sizes = [layer.num_experts * max(len(self._class_names), 1) for layer in self.layers]
         self._sums = torch.zeros(sum(sizes), dtype=torch.int64, device=pl_module.device)
         table_V = None if self._class_of_id is None else self._class_of_id.to(pl_module.device)

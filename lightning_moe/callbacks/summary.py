@@ -10,7 +10,7 @@ import lightning as L
 from lightning.pytorch.utilities import rank_zero_info
 from typing_extensions import override
 
-from lightning_moe.callbacks._layers import RoutingCallback
+from lightning_moe.callbacks._layers import RoutingCallback, names_of
 from lightning_moe.callbacks._summary_text import (
     common_name,
     counted,
@@ -137,15 +137,12 @@ def summary_of(model: L.LightningModule, layers: Sequence[MoE], world_size: int)
         layers: In the order of the model's modules, at least one.
         world_size: Ranks that train it.
     """
-    names = {id(module): name for name, module in model.named_modules()}
+    names = names_of(layers, model)
     by_kind: dict[_Kind, list[int]] = {}
     for index, layer in enumerate(layers):
         by_kind.setdefault(_kind_of(layer), []).append(index)
     labels = {kind: layer_label(indices) for kind, indices in by_kind.items()}
-    lines = [
-        (labels[kind], common_name([names[id(layers[i])] for i in indices]), *kind.cells)
-        for kind, indices in by_kind.items()
-    ]
+    lines = [(labels[kind], common_name([names[i] for i in indices]), *kind.cells) for kind, indices in by_kind.items()]
     flops = scaled(active_flops_per_token(model), "FLOPs")
     notes = [
         *notes_of("dispatcher", {labels[kind]: kind.dispatch for kind in by_kind}),
