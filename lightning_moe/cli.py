@@ -110,9 +110,9 @@ def _nulls_as_configs(args: Sequence[str]) -> list[str]:
 _COMMANDS = {"checkpoint": checkpoint_command.main, "report": report_command.main}
 
 _DESCRIPTION = (
-    "Train Mixture-of-Experts models with expert parallelism. Two more subcommands have a --help of their own: "
-    "`lightning-moe checkpoint` looks into checkpoints, verifies and exports them, and `lightning-moe report` makes a "
-    "page of what a run has logged."
+    "Train Mixture-of-Experts models with expert parallelism. Beside the subcommands below, `lightning-moe checkpoint` "
+    "looks into checkpoints, verifies and exports them, and `lightning-moe report` makes a page of what a run has "
+    "logged: see `lightning-moe checkpoint --help` and `lightning-moe report --help`."
 )
 _NOISE = ("Expected a ", "Not a valid subclass of ")
 _BELOW_A_CLASS = r"--((?:model|data)(?:\.\w+){2,})"

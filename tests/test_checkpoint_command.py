@@ -343,7 +343,9 @@ def test_help_of_the_whole_command_names_it(capsys: pytest.CaptureFixture[str]) 
     with pytest.raises(SystemExit) as ended, from_a_shell():
         main(["--help"])
     assert ended.value.code == 0
-    assert "lightning-moe checkpoint --help" in " ".join(capsys.readouterr().out.split())
+    said = " ".join(capsys.readouterr().out.split())
+    assert "lightning-moe checkpoint --help" in said
+    assert "lightning-moe report --help" in said
 
 
 def test_a_reader_that_has_had_enough(

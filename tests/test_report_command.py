@@ -1,123 +1,37 @@
-"""The command ``lightning-moe report``: what it reads, which run it takes, what it says, its errors."""
+"""The command ``lightning-moe report``: what its page says, and its errors."""
 
 from __future__ import annotations
 
 import csv
-import json
-import os
 import re
 import shutil
 import sys
-from collections.abc import Mapping, Sequence
 from html import unescape
 from pathlib import Path
-from typing import Any
 
 import lightning as L
 import pytest
 import torch
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
-from torch.utils.tensorboard import SummaryWriter
 
 from lightning_moe import AuxLossCallback, ExpertLoadMonitor
 from lightning_moe.commands.report.command import main
-from lightning_moe.commands.report.data import Series, read_csv, read_events, read_loads
 from lightning_moe.commands.report.figures import heatmap_png
 from lightning_moe.commands.report.find import read_run
 from lightning_moe.metrics.figures import load_figure
+from tests.reported import (
+    failure,
+    report,
+    rows,
+    tiles,
+    words,
+    write_classes,
+    write_csv,
+    write_events,
+    write_loads,
+    written_at,
+)
 from tests.toy import Toy, ToyData, loader
-
-Points = Mapping[str, Mapping[int, float]]
-LOSS: Points = {"train_loss": {9: 4.0, 19: 3.0, 29: 2.5}}
-
-
-def write_csv(folder: Path, metrics: Points = LOSS) -> Path:
-    """A file as CSVLogger writes it, with a row for each step."""
-    folder.mkdir(parents=True, exist_ok=True)
-    steps = sorted({step for points in metrics.values() for step in points})
-    with (folder / "metrics.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, ["epoch", *sorted(metrics), "step"])
-        writer.writeheader()
-        for step in steps:
-            row = {name: points[step] for name, points in metrics.items() if step in points}
-            writer.writerow({"epoch": 0, "step": step, **row})
-    return folder
-
-
-def write_events(folder: Path, metrics: Points = LOSS) -> Path:
-    """One more event file, as TensorBoardLogger writes it."""
-    writer = SummaryWriter(str(folder), filename_suffix=f".{len(list(folder.glob('*')))}")
-    for name, points in metrics.items():
-        for step, value in points.items():
-            writer.add_scalar(name, value, step)
-    writer.close()
-    return folder
-
-
-def write_loads(folder: Path, loads: Mapping[int, Sequence[Sequence[int]]], layer: str = "blocks.{}.moe") -> Path:
-    """``load.jsonl`` as ExpertHeatmap writes it."""
-    lines = [
-        json.dumps({"step": step, "layers": [layer.format(i) for i in range(len(counts))], "tokens_per_expert": counts})
-        for step, counts in loads.items()
-    ]
-    (folder / "experts").mkdir(parents=True, exist_ok=True)
-    (folder / "experts" / "load.jsonl").write_text("\n".join(lines) + "\n")
-    return folder
-
-
-def write_classes(folder: Path, step: int, classes: Sequence[str], assignments: Any) -> None:
-    layers = [f"blocks.{i}.moe" for i in range(len(assignments))]
-    line = json.dumps({"step": step, "layers": layers, "classes": list(classes), "assignments": assignments})
-    (folder / "experts").mkdir(parents=True, exist_ok=True)
-    (folder / "experts" / "classes.jsonl").write_text(line + "\n")
-
-
-def written_at(folder: Path, moment: float) -> Path:
-    """Sets when everything in a folder was written."""
-    for path in folder.rglob("*"):
-        os.utime(path, (moment, moment))
-    return folder
-
-
-def report(capsys: pytest.CaptureFixture[str], *args: str | Path) -> tuple[str, str]:
-    """The page and stderr of a command that succeeds."""
-    capsys.readouterr()
-    code = main([str(arg) for arg in args])
-    out, err = capsys.readouterr()
-    assert code == 0, err
-    found = re.fullmatch(r"report: (.+) \([\d.]+ \w?B\)\n", out)
-    assert found, out
-    return Path(found[1]).read_text(encoding="utf-8"), err
-
-
-def failure(capsys: pytest.CaptureFixture[str], *args: str | Path) -> str:
-    """The one message of a command that fails."""
-    capsys.readouterr()
-    assert main([str(arg) for arg in args]) == 1
-    out, err = capsys.readouterr()
-    assert out == ""
-    assert err.startswith("error: ")
-    assert err.count("\n") == 1
-    return err
-
-
-def words(page: str) -> str:
-    """The text of a page, without its markup, styles and figures."""
-    bare = re.sub(r"<(style|script|svg).*?</\1>", " ", page, flags=re.S)
-    return re.sub(r"\s+", " ", unescape(re.sub(r"<[^>]+>", " ", bare)))
-
-
-def rows(page: str) -> dict[str, list[str]]:
-    """Of all tables: metric -> first, last, lowest, highest."""
-    found = re.findall(r'<tr><th scope="row"><code>(.*?)</code>.*?</th>(.*?)</tr>', page)
-    cells = {unescape(name): re.findall(r"<td>(.*?)</td>", rest) for name, rest in found}
-    return {name: [re.sub(r"<[^>]+>", "", cell) for cell in of_name] for name, of_name in cells.items()}
-
-
-def tiles(page: str) -> dict[str, tuple[str, str]]:
-    """Label -> value and state."""
-    pattern = r'<div class="tile (\w*)"><span>(.*?)</span><b>(.*?)</b>'
-    return {label: (value, state) for state, label, value in re.findall(pattern, page)}
 
 
 @pytest.fixture(scope="module")
@@ -220,119 +134,6 @@ def test_the_curve_goes_through_the_values(tmp_path: Path, capsys: pytest.Captur
     for (x, y), (step, value) in zip(curve, values.items(), strict=True):
         assert x == pytest.approx(x0 + (step - s0) / (s1 - s0) * (x1 - x0), abs=0.1)
         assert y == pytest.approx(y0 + (value - v0) / (v1 - v0) * (y1 - y0), abs=0.4)
-
-
-def test_of_several_runs_the_newest_is_taken(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    root = tmp_path / "runs"
-    for source, write in (("csv", write_csv), ("tensorboard", write_events)):
-        for version, (loss, moment) in enumerate([(9.0, 1000), (7.0, 3000), (8.0, 2000)]):
-            folder = root / source / f"version_{version}"
-            written_at(write(folder, {"train_loss": {9: loss}, "other": {9: 0.5}}), moment)
-    written_at(write_loads(root / "tensorboard" / "version_1", {10: [[1, 2]]}), 3000)
-    (root / "tensorboard" / "version_1" / "config.yaml").write_text("about: the first\n")
-    page, err = report(capsys, root)
-    assert rows(page)["train_loss"][0] == "7 at 9"
-    assert "about: the first" in page
-    assert "At step 10 the busiest is expert 1" in words(page)
-    taken = {str(root / source / "version_1") for source in ("csv", "tensorboard")}
-    assert "There are several runs, and shown is the newest" in err
-    assert "For another, give its folder, such as: lightning-moe report " in err
-    assert all(folder in err and folder in words(page) for folder in taken)
-    assert str(root / "csv" / "version_2") in words(page)
-    # Another by its folder: with what the other logger has of it.
-    page, err = report(capsys, root / "csv" / "version_2", "--output", tmp_path / "page.html")
-    assert err == ""
-    assert rows(page)["train_loss"][0] == "8 at 9"
-    assert str(root / "tensorboard" / "version_2") in words(page)
-
-
-def test_folders_of_one_name_with_other_values_are_other_runs(tmp_path: Path) -> None:
-    root = tmp_path / "runs"
-    written_at(write_csv(root / "a" / "version_0", {"train_loss": {1: 3.0, 2: 2.0}, "lr": {1: 0.1, 2: 0.1}}), 1000)
-    written_at(write_csv(root / "b" / "version_0", {"train_loss": {1: 5.0, 2: 4.0}, "lr": {1: 0.1, 2: 0.1}}), 2000)
-    run = read_run(root)
-    assert run.scalars["train_loss"] == Series([1, 2], [5.0, 4.0])
-    assert run.folders == [root / "b" / "version_0"]
-    assert run.others == [root / "a" / "version_0"]
-    beside = read_run(root / "a" / "version_0")
-    assert beside.scalars["train_loss"] == Series([1, 2], [3.0, 2.0])
-    assert beside.folders == [root / "a" / "version_0"]
-
-
-def test_folders_of_one_name_without_common_values_are_one_run(tmp_path: Path) -> None:
-    write_csv(tmp_path / "csv" / "version_3")
-    write_events(tmp_path / "tensorboard" / "version_3", {"moe/load_imbalance": {10: 1.5}})
-    assert set(read_run(tmp_path).scalars) == {"train_loss", "moe/load_imbalance"}
-
-
-def test_figures_and_config_above_the_loggers_folder_are_found(tmp_path: Path) -> None:
-    write_loads(tmp_path, {5: [[1, 2]]})
-    (tmp_path / "config.yaml").write_text("a: 1\n")
-    write_csv(tmp_path / "logs" / "csv" / "version_0")
-    run = read_run(tmp_path)
-    assert [load.step for load in run.loads] == [5]
-    assert run.config == (tmp_path / "config.yaml", "a: 1\n")
-
-
-def test_a_resumed_run_goes_on_where_it_was_resumed(tmp_path: Path) -> None:
-    folder = tmp_path / "run"
-    write_events(folder, {"loss": {10: 1.0, 20: 2.0, 30: 3.0, 40: 4.0}})
-    write_events(folder, {"loss": {20: 2.5, 30: 3.5}})
-    assert len(list(folder.iterdir())) == 2
-    assert read_events(folder)["loss"] == Series([10, 20, 30], [1.0, 2.5, 3.5])
-    (folder / "metrics.csv").write_text("loss,step\n1,10\n2,20\n3,30\n2.25,20\n")
-    assert read_csv(folder / "metrics.csv")["loss"] == Series([10, 20], [1.0, 2.25])
-    loads = [{"step": s, "layers": ["a"], "tokens_per_expert": [[s, n]]} for s, n in ((1, 1), (2, 2), (3, 3), (2, 4))]
-    (folder / "load.jsonl").write_text("".join(json.dumps(load) + "\n" for load in loads))
-    assert [(load.step, load.tokens_per_expert) for load in read_loads(folder / "load.jsonl")] == [
-        (1, [[1, 1]]),
-        (2, [[2, 4]]),
-    ]
-
-
-def test_what_is_being_written_is_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    folder = write_loads(write_csv(tmp_path / "run"), {10: [[1, 2]], 20: [[3, 1]]})
-    whole = (folder / "metrics.csv").read_bytes()
-    lines = whole.splitlines(keepends=True)
-    for size in range(len(whole)):
-        (folder / "metrics.csv").write_bytes(whole[:size])
-        number = sum(len(b"".join(lines[: i + 1]).rstrip(b"\n")) <= size for i in range(1, len(lines)))
-        series = read_csv(folder / "metrics.csv").get("train_loss", Series([], []))
-        assert series == Series(list(LOSS["train_loss"])[:number], list(LOSS["train_loss"].values())[:number])
-        if size == 0:
-            assert "no values yet" in failure(capsys, folder)
-    (folder / "metrics.csv").write_bytes(whole)
-    jsonl = folder / "experts" / "load.jsonl"
-    text = jsonl.read_text()
-    for size in range(len(text)):
-        jsonl.write_text(text[:size])
-        assert [load.step for load in read_loads(jsonl)] == [10, 20][: text[:size].count("]]}")]
-    # A line after one that a kill has cut off, and lines of something else.
-    jsonl.write_text(text[:60] + text + '[1]\n{"step": 3}\n{"step": 4, "layers": ["a"], "tokens_per_expert": [[]]}\n')
-    assert [load.step for load in read_loads(jsonl)] == [20]
-    report(capsys, folder)
-
-
-def test_event_files_that_are_cut_off(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    folder = write_events(tmp_path / "run", {"loss": {step: float(step) for step in range(1, 6)}})
-    (path,) = folder.iterdir()
-    whole = path.read_bytes()
-    found = set()
-    for size in range(0, len(whole) + 1, 3):
-        path.write_bytes(whole[:size])
-        series = read_events(folder).get("loss", Series([], []))
-        assert series.values == [1.0, 2.0, 3.0, 4.0, 5.0][: len(series.values)]
-        found.add(len(series.values))
-    assert {0, 1, 4} <= found
-    assert capsys.readouterr().err == ""
-
-
-def test_a_column_that_comes_later(tmp_path: Path) -> None:
-    path = tmp_path / "metrics.csv"
-    path.write_text("step,train_loss\r\n0,3.5\r\n1,3.25\r\n")
-    assert set(read_csv(path)) == {"train_loss"}
-    path.write_text("step,train_loss,val_loss\r\n0,3.5,\r\n1,3.25,\r\n1,,4.5\r\n")
-    assert read_csv(path) == {"train_loss": Series([0, 1], [3.5, 3.25]), "val_loss": Series([1], [4.5])}
 
 
 def test_everything_from_files_is_escaped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

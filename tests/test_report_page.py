@@ -19,7 +19,7 @@ import pytest
 
 from lightning_moe.commands.report.command import main
 from lightning_moe.commands.report.figures import thinned
-from tests.test_report_command import write_classes, write_csv, write_loads
+from tests.reported import write_classes, write_csv, write_loads
 
 _NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
 _CHROMIUM = next((path for path in map(shutil.which, _NAMES) if path), None)

@@ -1,8 +1,10 @@
-"""A short run that logs to one kind of logger, and what that wrote: a process of its own, as W&B leaves one behind.
+"""A short run that logs to several kinds of loggers, and what those wrote.
 
-    python -m tests.callbacks.logging_run KIND FOLDER
+A process of its own, as W&B leaves one behind:
 
-Prints what the callbacks logged and what is read back, {"logged": {step: {name: value}}, "found": ...}.
+    python -m tests.callbacks.logging_run FOLDER KIND...
+
+Prints what the callbacks logged, {"logged": {step: {name: value}}, and what is read back, "found": {kind: ...}}.
 """
 
 from __future__ import annotations
@@ -126,20 +128,21 @@ def mlflow(folder: Path) -> tuple[Logger, Callable[[], Values]]:
 KINDS: dict[str, Any] = {"tensorboard": tensorboard, "csv": comma_separated, "wandb": wandb, "mlflow": mlflow}
 
 
-def main(kind: str, folder: Path) -> None:
-    logger, read = KINDS[kind](folder)
+def main(folder: Path, kinds: list[str]) -> None:
+    loggers, readers = zip(*(KINDS[kind](folder / kind) for kind in kinds), strict=True)
     steps = Steps()
     trainer = quiet(
         callbacks=[AuxLossCallback(0.01, 0.001), ExpertLoadMonitor(per_layer=True)],
-        logger=[steps, logger],
+        logger=[steps, *loggers],
         log_every_n_steps=2,
         max_steps=6,
         val_check_interval=3,
         default_root_dir=folder,
     )
     trainer.fit(Side(), in_order(uneven(0, 6)), in_order(uneven(1, 2)))
-    print(json.dumps({"logged": steps.values, "found": read()}))
+    found = {kind: read() for kind, read in zip(kinds, readers, strict=True)}
+    print(json.dumps({"logged": steps.values, "found": found}))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]))
+    main(Path(sys.argv[1]), sys.argv[2:])

@@ -1,120 +1,33 @@
-"""Collapsed routers are found in time, by all ranks at once, and nothing else is taken for one.
-
-Which experts a token gets is in the data: layer 0 reads features 0 to 3, one for each expert, and layer 1 the others.
-"""
+"""Collapsed routers are found in time, by all ranks at once, and nothing else is taken for one."""
 
 from __future__ import annotations
 
-import logging
 import math
-import re
-import warnings
-from collections.abc import Sequence
 from dataclasses import replace
 from itertools import cycle, islice
-from pathlib import Path
 from typing import Any
 
-import lightning as L
 import pytest
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from lightning_moe import AuxLossCallback
-from lightning_moe.callbacks.collapse_guard import RouterCollapseGuard
-from lightning_moe.data import ResumableDataLoader
 from tests.callbacks.runs import Memory, Side, in_order, layers_of, parallel, quiet, rank
+from tests.callbacks.steered import (
+    CHECK,
+    COLLAPSED,
+    EVEN,
+    PATIENCE,
+    Heard,
+    Pairs,
+    Steered,
+    batches,
+    guard,
+    guarded,
+    steps_of,
+    tokens,
+)
 from tests.toy import CONFIG, WIDTH, Toy, ToyData
-
-Pairs = list[tuple[int, int]]  # of experts, best first
-EVEN: Pairs = [(0, 1), (1, 2), (2, 3), (3, 0)]
-COLLAPSED: Pairs = [(0, 1), (1, 0)]
-PATIENCE, CHECK = 6, 3
-
-
-def tokens(pairs: Pairs, others: Pairs = EVEN, count: int = 16, sharp: float = 1.0) -> tuple[Tensor, Tensor]:
-    """A batch of one sequence whose tokens go to these experts in turn, in layer 0 and in layer 1."""
-    x = torch.zeros(1, count, WIDTH)
-    for token, (mine, other) in enumerate(islice(zip(cycle(pairs), cycle(others), strict=False), count)):
-        for features, (first, second) in ((0, mine), (4, other)):
-            x[0, token, features + first], x[0, token, features + second] = 2 * sharp, sharp
-    return x, torch.zeros(1, count, 3)
-
-
-class Steered(Side):
-    """Routers that go by the data; a token of zeros is padding. It keeps the gradients of the routers."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        self.router_gradients: list[float] = []
-        super().__init__(*args, **{"learning_rate": 0.0, **kwargs})
-
-    def build(self) -> None:
-        super().build()
-        for index, layer in enumerate(layers_of(self)):
-            layer.router.weight.data = torch.eye(WIDTH)[4 * index : 4 * index + 4].clone()
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.inp(x)
-        for block in self.blocks:
-            y = y + block(x, x.abs().sum(-1) > 0)
-        return self.out(torch.tanh(y))
-
-    def on_before_optimizer_step(self, optimizer: Any) -> None:
-        grad = layers_of(self)[0].router.weight.grad
-        if grad is not None:
-            self.router_gradients.append(float(grad.norm()))
-
-
-def batches(data: Sequence[tuple[Tensor, Tensor]]) -> DataLoader[Any]:
-    return ResumableDataLoader(list(data), batch_size=None)
-
-
-class Heard:
-    """What the guard says while it is entered."""
-
-    steps = 0
-
-    def __enter__(self) -> Heard:
-        self.warned: list[str] = []
-        self.told: list[str] = []
-        self._caught = warnings.catch_warnings(record=True)
-        self._warnings = self._caught.__enter__()
-        warnings.simplefilter("always")
-        self._handler = logging.Handler()
-        self._handler.emit = lambda record: self.told.append(record.getMessage())  # type: ignore[method-assign]
-        logging.getLogger("lightning.pytorch.utilities.rank_zero").addHandler(self._handler)
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        logging.getLogger("lightning.pytorch.utilities.rank_zero").removeHandler(self._handler)
-        self._caught.__exit__(None, None, None)
-        mine = "RouterCollapseGuard"
-        self.warned = [text for w in self._warnings or [] if (text := str(w.message)).startswith(mine)]
-        self.told = [text for text in self.told if text.startswith(mine)]
-
-
-def guard(**options: Any) -> RouterCollapseGuard:
-    return RouterCollapseGuard(**{"patience": PATIENCE, "check_every_n_steps": CHECK, **options})
-
-
-def steps_of(texts: list[str]) -> list[int]:
-    return [int(found.group(1)) for text in texts if (found := re.match(r"RouterCollapseGuard, step (\d+)", text))]
-
-
-def guarded(data: Sequence[tuple[Tensor, Tensor]], watch: RouterCollapseGuard, **options: Any) -> Heard:
-    """A run of one process over the data, once."""
-    model = options.pop("model", None) or Steered()
-    extra, validation = options.pop("callbacks", []), options.pop("validation", None)
-    with Heard() as heard:
-        trainer = quiet(callbacks=[*extra, watch], max_epochs=1, **options)
-        trainer.fit(model, batches(data), *([] if validation is None else [batches(validation)]))
-    heard.steps = trainer.global_step
-    assert not any(layer.tap.watchers for layer in layers_of(model))
-    return heard
-
 
 # ------------------------------------------------------------------------------- caught in time
 
@@ -368,144 +281,3 @@ def test_raised_weight_ends_a_collapse(action: str) -> None:
         assert "layer_00 (blocks.0)" in " ".join(heard.told)
         assert "layer_01 (blocks.1)" in " ".join(heard.told)
         assert not watch.state_dict()["reported"][0].count(True)
-
-
-# ----------------------------------------------------------------------------------------- resume
-
-
-def resumed(folder: str, world: int, action: str, rescued: bool) -> dict[str, Any]:
-    """Checkpoints in the middle of an interval and of the patience, and after the weight was raised.
-
-    The load of experts 2 and 3 is another in each step; ``rescued``, it is even in step 8 on the last rank.
-    """
-    count = 32 + 64 * (rank() if world > 1 else 0)
-    data = [tokens(EVEN, count=5)] * 3 + [
-        tokens(COLLAPSED * 15 + [(0, 1), (2, 3)] if step % 2 else COLLAPSED, count=count) for step in range(4, 24)
-    ]
-    if rescued and (world == 1 or rank() == world - 1):
-        data[7] = tokens(EVEN, count=count)
-
-    def fit(steps: int, *callbacks: L.Callback, weight: float = 0.1, **options: Any) -> dict[str, Any]:
-        watch, aux, memory = guard(action=action), AuxLossCallback(weight), Memory()
-        settings: dict[str, Any] = {
-            "callbacks": [watch, aux, *callbacks], "max_steps": steps, "logger": memory, "log_every_n_steps": 1,
-            "enable_checkpointing": bool(callbacks),
-        }  # fmt: skip
-        trainer = quiet(**settings) if world == 1 else parallel(world, world, **settings)
-        with Heard() as heard:
-            trainer.fit(Steered(), batches(data), **options)
-        if callbacks:
-            trainer.strategy.barrier()
-        return {
-            "steps": trainer.global_step,
-            "warned": heard.warned,
-            "state": (watch.state_dict(), aux.peak),
-            "logged": [metrics["moe/aux_loss"] for metrics in memory.metrics],
-        }
-
-    saver = ModelCheckpoint(folder, filename="{step}", every_n_train_steps=1, save_top_k=-1, monitor=None)
-    path = str(Path(folder) / "step={}.ckpt")
-    return {
-        "whole": fit(20, saver),
-        "resumed": {at: fit(20, ckpt_path=path.format(at)) for at in (2, 7, 8, 9, 11) if action != "stop" or at < 10},
-        "other weight": fit(20, weight=0.2, ckpt_path=path.format(9)),
-    }
-
-
-@pytest.mark.parametrize(
-    ("world", "action", "rescued"),
-    [
-        (1, "warn", False),
-        (1, "stop", True),
-        (1, "raise_weight", False),
-        (2, "raise_weight", False),
-        (2, "stop", False),
-        (2, "warn", True),
-    ],
-)
-def test_resumed_run_acts_at_the_same_step(
-    world: int, action: str, rescued: bool, get_pool: Any, tmp_path: Path
-) -> None:
-    if world == 1:
-        results = [resumed(str(tmp_path), 1, action, rescued)]
-    else:
-        results = get_pool(world).run(resumed, str(tmp_path), world, action, rescued)
-    acts = 15 if rescued else 9
-    for index, result in enumerate(results):
-        whole = result["whole"]
-        for at, again in result["resumed"].items():
-            if action == "stop" and at >= acts:
-                # The run had been stopped: it has its patience again, and goes on as long as that.
-                assert again["steps"] == acts + PATIENCE
-                continue
-            assert again["steps"] == whole["steps"] == (acts if action == "stop" else 20)
-            assert again["warned"] == [text for text in whole["warned"] if steps_of([text])[0] > at]
-            assert again["state"] == whole["state"]
-            assert again["logged"] == whole["logged"][at:]
-        if index == 0:
-            assert steps_of(whole["warned"]) == ([9, 15] if action == "raise_weight" else [acts])
-            assert ["(0 of it)" in text for text in whole["warned"]] == [False] * len(whole["warned"])
-        if action == "raise_weight":
-            assert result["other weight"]["logged"] == pytest.approx([2 * value for value in whole["logged"][9:]])
-
-
-def test_another_fit_begins_anew() -> None:
-    watch, aux = guard(action="raise_weight"), AuxLossCallback(0.1)
-    for _ in range(2):
-        heard = guarded([tokens(COLLAPSED)] * 10, watch, callbacks=[aux])
-        assert steps_of(heard.warned) == [6]
-        assert aux.peak.load_balancing == 0.2
-    quiet(callbacks=[aux, watch], max_steps=1).fit(Steered(), batches([tokens(EVEN)]))
-    assert aux.peak.load_balancing == 0.1
-
-
-# -------------------------------------------------------------------------------------- refusals
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"min_load": 1.0}, "min_load=1.0: must be from 0 to below 1, a share of the mean load. Use 0.1."),
-        ({"min_load": -0.1}, "min_load=-0.1: must be from 0 to below 1, a share of the mean load. Use 0.1."),
-        ({"min_load": math.nan}, "min_load=nan: must be"),
-        ({"min_load": 0.0}, "min_load=0: nothing is judged without min_entropy."),
-        ({"min_entropy": 0.0}, "min_entropy=0.0: must be between 0, certain, and 1, undecided."),
-        ({"min_entropy": 1.0}, "min_entropy=1.0: must be between"),
-        ({"check_every_n_steps": 0}, "check_every_n_steps=0: must be at least 1. Use 10."),
-        ({"patience": 0}, "patience=0: must be a multiple of check_every_n_steps=10, at least one. Use 10, or"),
-        ({"patience": 25}, "patience=25: must be a multiple of check_every_n_steps=10, at least one. Use 30, or"),
-        ({"action": "shout"}, "action='shout': unknown. Known: warn, raise_weight, stop."),
-        ({"factor": 1.0}, "factor=1.0: must be a finite number above 1. Use 2.0."),
-        ({"factor": math.inf}, "factor=inf: must be"),
-        ({"max_weight": 0.0}, "max_weight=0.0: must be a finite number above 0. Use 1.0."),
-    ],
-    ids=str,
-)
-def test_values_out_of_range(options: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
-        RouterCollapseGuard(**options)
-
-
-@pytest.mark.parametrize(
-    ("callbacks", "message"),
-    [
-        ([], "action='raise_weight': multiplies the load_balancing weight of AuxLossCallback, and there is none. Add"),
-        (
-            [AuxLossCallback(0.0, 0.1)],
-            "action='raise_weight': multiplies the load_balancing weight of AuxLossCallback, and its weight is 0. Add",
-        ),
-        (
-            [AuxLossCallback(0.1), RouterCollapseGuard(0.2, action="raise_weight")],
-            "action='raise_weight': another RouterCollapseGuard raises the same weight. Use action='warn' in one.",
-        ),
-        ([AuxLossCallback(1.0)], "max_weight=1.0: must be above load_balancing=1.0 of AuxLossCallback for"),
-    ],
-    ids=str,
-)
-def test_no_weight_to_raise(callbacks: list[L.Callback], message: str) -> None:
-    with pytest.raises(MisconfigurationException, match=f"^{re.escape(message)}"):
-        quiet(callbacks=[*callbacks, guard(action="raise_weight")], max_steps=1).fit(Toy(), in_order(ToyData(4)))
-    for callback in callbacks:
-        if isinstance(callback, RouterCollapseGuard):
-            callback.action = "warn"
-    quiet(callbacks=[*callbacks, guard(min_load=0.3)], max_steps=1).fit(Toy(), in_order(ToyData(4)))

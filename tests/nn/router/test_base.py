@@ -143,6 +143,7 @@ def test_a_routing_is_a_tuple_of_tensors() -> None:
         "choice_TE",
         "assigned_TK",
         "load_TE",
+        "capacity",
     )
     assert routing.num_experts == 4
 
