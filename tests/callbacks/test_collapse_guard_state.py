@@ -63,9 +63,9 @@ def resumed(folder: str, world: int, action: str, rescued: bool) -> dict[str, An
 @pytest.mark.parametrize(
     ("world", "action", "rescued"),
     [
-        (1, "warn", False),
+        pytest.param(1, "warn", False, marks=pytest.mark.grid),
         (1, "stop", True),
-        (1, "raise_weight", False),
+        pytest.param(1, "raise_weight", False, marks=pytest.mark.grid),
         (2, "raise_weight", False),
         (2, "stop", False),
         (2, "warn", True),

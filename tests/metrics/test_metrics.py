@@ -258,8 +258,15 @@ def on_a_rank(world: int, per_layer: bool) -> list[dict[str, Tensor]]:
     return [first, collection.compute(), {name: metric.compute() for name, metric in alone.items()}]
 
 
-@pytest.mark.parametrize("per_layer", [False, True])
-@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize(
+    ("world", "per_layer"),
+    [
+        (2, False),
+        (4, True),
+        pytest.param(2, True, marks=pytest.mark.grid),
+        pytest.param(4, False, marks=pytest.mark.grid),
+    ],
+)
 def test_all_ranks_have_the_value_of_all_tokens(world: int, per_layer: bool, get_pool: Any) -> None:
     results = get_pool(world).run(on_a_rank, world, per_layer)
     batches = [batch for rank in range(world) for batch in batches_of(rank, world)]
