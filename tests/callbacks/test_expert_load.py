@@ -10,6 +10,8 @@ import pytest
 import torch
 
 from lightning_moe import AuxLossCallback, ExpertLoadMonitor
+from lightning_moe.callbacks._counters import RoutingCounter, read, take
+from lightning_moe.nn import Decision, Routing, Tokens
 from tests.callbacks.runs import (
     Memory,
     Side,
@@ -249,3 +251,36 @@ def test_nothing_travels_with_all_experts_at_home(pool2: Any) -> None:
     (metrics, _), _ = pool2.run(traffic, "auto", 1, 2, 1)
     assert metrics
     assert not any("dispatch" in name for logged in metrics for name in logged)
+
+
+# ----------------------------------------------------------------------- what it costs
+
+
+def test_one_reduction_a_logged_step_and_none_between(monkeypatch: pytest.MonkeyPatch) -> None:
+    reduced: list[int] = []
+
+    def counted(counts: torch.Tensor) -> torch.Tensor:
+        reduced.append(trainer.global_step)
+        return counts.clone()
+
+    monkeypatch.setattr("lightning_moe.callbacks.expert_load.sum_over_ranks", counted)
+    trainer = quiet(
+        callbacks=[AuxLossCallback(0.0), ExpertLoadMonitor(per_layer=True)], max_steps=6, log_every_n_steps=3
+    )
+    trainer.fit(Side(config=WIDE), in_order(uneven(0, 6)))
+    assert reduced == [3, 6]
+
+
+def test_counting_waits_for_no_device() -> None:
+    """Tensors on the meta device have no values: whoever asks for one raises."""
+    layer = layers_of(Side())[0]
+    ids_TK = torch.zeros(6, TOP_K, dtype=torch.int64, device="meta")
+    logits_TE = torch.zeros(6, layer.num_experts, device="meta")
+    scores_TK = torch.zeros(6, TOP_K, device="meta")
+    valid = torch.ones(6, dtype=torch.bool, device="meta")
+    chosen = Routing(logits_TE, logits_TE, scores_TK, ids_TK, assigned_TK=ids_TK == 0)
+    decision = Decision(chosen, chosen._replace(kept_TK=ids_TK == 0), Tokens(torch.Size([6]), valid, device="meta"))
+    counter = RoutingCounter(layer, torch.device("meta"))
+    counter.count(counter.look(decision))
+    values = read(take([counter]), [counter]).metrics()
+    assert all(value.device.type == "meta" for name, value in values.items()), values
