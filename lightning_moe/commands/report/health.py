@@ -93,8 +93,8 @@ def _up_to(value: float, bounds: tuple[float, float], low: str, high: str) -> tu
 def _entropy(value: float) -> tuple[str, str]:
     bad, watched = _ENTROPY
     if value >= watched:
-        return GOOD, "good: not collapsed"
-    return (WATCH, "watch: nearly certain") if value >= bad else (BAD, "bad: certain, maybe collapsed")
+        return GOOD, "good: not certain yet"
+    return (WATCH, "watch: nearly certain") if value >= bad else (BAD, "bad: certain")
 
 
 def _dead(run: Run) -> list[Tile]:
