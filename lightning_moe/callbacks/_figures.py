@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import json
+import os
 import struct
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -11,6 +13,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import lightning as L
 from lightning.pytorch.loggers import Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_warn
 
@@ -72,6 +75,33 @@ class FigureWriter:
                     f"ExpertHeatmap: {what} failed: {type(error).__name__}: {error}. Training goes on, and the next "
                     "failure of this kind is not reported."
                 )
+
+
+def log_folder(trainer: L.Trainer) -> str:
+    """The folder that a run has to itself, or the Trainer's, if no logger has one.
+
+    That of a logger with such folders comes first, as the report looks for figures there; else it is as ModelCheckpoint
+    has it. ``Trainer.log_dir`` alone is the same for all runs of W&B and MLflow.
+
+    Returns:
+        Rank zero's, on every rank. Collective.
+    """
+    folder = next((str(logger.log_dir) for logger in trainer.loggers if logger.log_dir is not None), None)
+    if folder is None:
+        folder = str(trainer.default_root_dir)
+        if trainer.loggers:
+            first = trainer.loggers[0]
+            version = first.version if isinstance(first.version, str) else f"version_{first.version}"
+            folder = os.path.join(first.save_dir or folder, str(first.name), version)
+    rank_zeros: str = trainer.strategy.broadcast(folder)
+    return rank_zeros
+
+
+def unused_folder(root: str, name: str) -> str:
+    """``name`` in a folder, or the first of ``name-v1``, ``name-v2`` in which nothing is."""
+    names = itertools.chain([name], (f"{name}-v{i}" for i in itertools.count(1)))
+    paths = (os.path.join(root, name) for name in names)
+    return next(path for path in paths if not any(Path(path).glob("*")))
 
 
 def as_png(make: Callable[[], Figure]) -> bytes:

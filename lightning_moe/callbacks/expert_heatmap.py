@@ -5,6 +5,7 @@ Shapes: T tokens, K experts per token, E experts, C classes of tokens, V ids tha
 
 from __future__ import annotations
 
+import os
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,12 +17,13 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_moe.callbacks._figures import FigureWriter
+from lightning_moe.callbacks._figures import FigureWriter, log_folder, unused_folder
 from lightning_moe.callbacks._layers import RoutingCallback, names_of, sum_over_ranks
 from lightning_moe.dispatch.permute import count_ids
 from lightning_moe.metrics.figures import class_figure, load_figure, require_matplotlib
 from lightning_moe.nn import Decision, MoE
 
+_FOLDER = "experts"
 _OTHER = "other"
 
 
@@ -29,11 +31,15 @@ class ExpertHeatmap(RoutingCallback):
     """Draws the load of every expert of every layer, and which classes of tokens it gets.
 
     Every ``every_n_steps``, and once more at the end, of the tokens of all ranks since the figure before, each once and
-    only in training. Figures are PNG files in the folder ``experts`` of the run's log folder, and images
-    ``moe/expert_load`` and ``moe/token_classes`` of TensorBoard, W&B and MLflow where the Trainer has their loggers.
-    The numbers are in ``load.jsonl`` and ``classes.jsonl`` beside them, one line a figure, to which a resumed run
-    appends. A figure takes one reduction over ranks and the time that rank zero draws it, which grows with layers and
-    experts (docs/monitoring.md); in the steps between nobody waits for the device.
+    only in training. Figures are PNG files in a folder ``experts``, and images ``moe/expert_load`` and
+    ``moe/token_classes`` of TensorBoard, W&B and MLflow where the Trainer has their loggers. The numbers are in
+    ``load.jsonl`` and ``classes.jsonl`` beside them, one line a figure. A figure takes one reduction over ranks and the
+    time that rank zero draws it, which grows with layers and experts (docs/monitoring.md); in the steps between nobody
+    waits for the device.
+
+    The folder is in that of the first logger that has one for each run, such as TensorBoard's ``version_0``; else where
+    ModelCheckpoint would put ``checkpoints``. What is there of another run stays as it is: the folder is then
+    ``experts-v1``, and so on. A run that is resumed in the same place appends. A Trainer takes one ExpertHeatmap.
 
     Args:
         every_n_steps: Optimizer steps from one figure to the next.
@@ -63,6 +69,7 @@ class ExpertHeatmap(RoutingCallback):
         self._sums = torch.zeros(0, dtype=torch.int64)
         self._names: list[str] = []
         self._last_figure = 0
+        self._folder = ""  # of this run's files; the same on every rank, so that a checkpoint of any has it
         self._writer: FigureWriter | None = None
 
     @override
@@ -70,16 +77,8 @@ class ExpertHeatmap(RoutingCallback):
         if find_spec("matplotlib") is None:
             require_matplotlib()
         super().on_fit_start(trainer, pl_module)
-        folder = trainer.log_dir or trainer.default_root_dir  # a broadcast: on all ranks
-        if "://" in folder:
-            raise MisconfigurationException(
-                f"ExpertHeatmap: the log folder {folder} is not a local one, and its files are appended to. Give the "
-                "Trainer a first logger with a local folder, or leave the callback out."
-            )
-        self._writer = None
         if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]  # set by a connector
             require_matplotlib()  # imported here, and not while ranks wait for the first figure
-            self._writer = FigureWriter(Path(folder) / "experts", trainer.loggers)
 
     @override
     def attach(self, pl_module: L.LightningModule) -> None:
@@ -102,6 +101,29 @@ class ExpertHeatmap(RoutingCallback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
         self._last_figure = trainer.global_step
+        root = log_folder(trainer)
+        if "://" in root:
+            raise MisconfigurationException(
+                f"ExpertHeatmap: the log folder {root} is not a local one, and its files are appended to. Give the "
+                "Trainer a first logger with a local folder, or leave the callback out."
+            )
+        self._writer = None
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]  # set by a connector
+            return
+        goes_on = trainer.global_step > 0 and os.path.dirname(self._folder) == root
+        folder = self._folder if goes_on else unused_folder(root, _FOLDER)
+        self._folder = trainer.strategy.broadcast(folder)  # rank zero's: others may see the folder late
+        if trainer.is_global_zero:
+            self._writer = FigureWriter(Path(self._folder), trainer.loggers)
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        """Where the files are."""
+        return {"folder": self._folder}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._folder = state_dict["folder"]
 
     @override
     def after_step(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -126,7 +148,7 @@ class ExpertHeatmap(RoutingCallback):
         ]
         loads = [counts_CE.sum(0) for counts_CE in counts]
         span = f"steps {first} to {step}" if first < step else f"step {step}"
-        at = {"step": step, "layers": self._names}
+        at = {"first_step": first, "step": step, "layers": self._names}
         self._writer.append("load.jsonl", {**at, "tokens_per_expert": [load_E.tolist() for load_E in loads]})
         make: Any = partial(load_figure, loads, self._names, f"Load of the experts, {span}")
         self._writer.draw(make, f"load_step={step:06}.png", "moe/expert_load", step)

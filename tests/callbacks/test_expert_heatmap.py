@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import re
 import struct
-import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -15,16 +13,14 @@ import lightning as L
 import pytest
 import torch
 import torch.utils.checkpoint
-from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.loggers import CSVLogger, Logger
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.loggers import Logger
 from torch import Tensor
 
 from lightning_moe.callbacks import _figures, expert_heatmap
 from lightning_moe.callbacks.expert_heatmap import ExpertHeatmap, classes_by_id
+from tests.callbacks.heatmap_files import figures, lines
 from tests.callbacks.runs import (
     Manual,
-    Memory,
     Side,
     in_order,
     layers_of,
@@ -45,23 +41,6 @@ BATCHES, ACCUMULATE, STEPS, EVERY = 4, 3, 7, 3  # steps of 3, 1, 3, 1, ... micro
 LAYERS = ["blocks.0", "blocks.1"]
 CLASSES = {"few": [0, 1, 2], "odd": [7, 3]}
 OTHER = 2
-
-
-def lines(folder: Path, name: str = "load.jsonl") -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / "experts" / name).read_text().splitlines()]
-
-
-def figures(folder: Path) -> list[str]:
-    """Names of the figures, each of which is a whole PNG."""
-    from PIL import Image
-
-    paths = sorted((folder / "experts").glob("*.png"))
-    for path in paths:
-        with Image.open(path) as image:
-            image.load()
-            assert min(image.size) > 100
-            assert image.getextrema()[0] == (0, 255)
-    return [path.name for path in paths]
 
 
 # ------------------------------------------------------------------------------------- by loops
@@ -147,14 +126,13 @@ def test_numbers_are_those_of_a_plain_loop(
     expected = by_loops(world, accumulate)
     assert list(expected) == [3, 6, 7]
     assert all(count.any() for counts in expected.values() for count in counts[0]), "every class has tokens"
-    for line, (step, counts) in zip(lines(tmp_path), expected.items(), strict=True):
-        assert line == {"step": step, "layers": LAYERS, "tokens_per_expert": counts.sum(1).tolist()}
+    spans = [{"first_step": first, "step": step, "layers": LAYERS} for first, step in ((1, 3), (4, 6), (7, 7))]
+    for line, span, counts in zip(lines(tmp_path), spans, expected.values(), strict=True):
+        assert line == {**span, "tokens_per_expert": counts.sum(1).tolist()}
     names = ["load_step=000003.png", "load_step=000006.png", "load_step=000007.png"]
     if classes is not None:
-        for line, (step, counts) in zip(lines(tmp_path, "classes.jsonl"), expected.items(), strict=True):
-            assert line == {
-                "step": step, "layers": LAYERS, "classes": ["few", "odd", "other"], "assignments": counts.tolist()
-            }  # fmt: skip
+        for line, span, counts in zip(lines(tmp_path, "classes.jsonl"), spans, expected.values(), strict=True):
+            assert line == {**span, "classes": ["few", "odd", "other"], "assignments": counts.tolist()}
         names = [name.replace("load", "classes") for name in names] + names
     assert figures(tmp_path) == names
 
@@ -263,61 +241,6 @@ def test_layers_that_are_not_told_ids() -> None:
         quiet(callbacks=[ExpertHeatmap(1, "bytes")], max_steps=1).fit(Side(), in_order(ToyData(4)))
 
 
-# ------------------------------------------------------------------------------------------ files
-
-
-def resumed(folder: str) -> None:
-    def fit(steps: int, *callbacks: L.Callback, **options: Any) -> None:
-        trainer = parallel(2, 2, callbacks=[ExpertHeatmap(2), *callbacks], max_steps=steps, default_root_dir=folder,
-                           enable_checkpointing=bool(callbacks))  # fmt: skip
-        trainer.fit(Toy(), in_order(uneven(rank(), 3)), **options)
-
-    fit(3, ModelCheckpoint(folder, filename="{step}", every_n_train_steps=3, monitor=None))
-    if rank() == 0:
-        with (Path(folder) / "experts" / "load.jsonl").open("a") as file:
-            file.write('{"step":4,"layers":["blo')  # killed while it wrote
-    torch.distributed.barrier()
-    fit(6, ckpt_path=str(Path(folder) / "step=3.ckpt"))
-
-
-def test_resumed_run_appends(get_pool: Any, tmp_path: Path) -> None:
-    get_pool(2).run(resumed, str(tmp_path))
-    *first, cut_off, fourth, sixth = (tmp_path / "experts" / "load.jsonl").read_text().splitlines()
-    assert [json.loads(line)["step"] for line in [*first, fourth, sixth]] == [2, 3, 4, 6]
-    assert cut_off == '{"step":4,"layers":["blo'
-    assert sum(json.loads(fourth)["tokens_per_expert"][0]) == (4 * 3 + 4 * 4) * CONFIG.top_k, "of step 4 alone"
-    assert [name[-5:] for name in figures(tmp_path)] == ["2.png", "3.png", "4.png", "6.png"]
-
-
-def test_files_are_in_the_folder_of_the_first_logger(tmp_path: Path) -> None:
-    logger = CSVLogger(str(tmp_path), name="runs", version=3)
-    quiet(callbacks=[ExpertHeatmap()], max_steps=1, logger=[logger, Memory()]).fit(Toy(), in_order(ToyData(4)))
-    assert figures(tmp_path / "runs" / "version_3") == ["load_step=000001.png"]
-
-
-def test_a_fast_dev_run_writes_nothing(tmp_path: Path) -> None:
-    quiet(callbacks=[ExpertHeatmap(1)], fast_dev_run=2, default_root_dir=str(tmp_path)).fit(Toy(), in_order(ToyData(8)))
-    assert not list(tmp_path.rglob("experts"))
-
-
-class Elsewhere(Memory):
-    save_dir = "s3://bucket/run"
-
-
-def test_folder_that_is_not_local_is_refused() -> None:
-    message = "ExpertHeatmap: the log folder s3://bucket/run is not a local one, and its files are appended to."
-    with pytest.raises(MisconfigurationException, match=f"^{re.escape(message)}"):
-        quiet(callbacks=[ExpertHeatmap()], max_steps=1, logger=Elsewhere()).fit(Toy(), in_order(ToyData(4)))
-
-
-def test_matplotlib_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in [name for name in sys.modules if name.split(".")[0] == "matplotlib"]:
-        monkeypatch.delitem(sys.modules, name)
-    monkeypatch.setitem(sys.modules, "matplotlib", None)  # as where it is not installed
-    with pytest.raises(ModuleNotFoundError, match=re.escape('pip install "lightning_moe[plots]"')):
-        quiet(callbacks=[ExpertHeatmap()], max_steps=1).fit(Toy(), in_order(ToyData(4)))
-
-
 # ---------------------------------------------------------------------------------------- failures
 
 
@@ -343,7 +266,7 @@ class Unwilling(Logger):
 def test_other_loggers_are_passed_over(tmp_path: Path) -> None:
     trainer = quiet(callbacks=[ExpertHeatmap(1)], max_steps=2, logger=Unwilling(), default_root_dir=str(tmp_path))
     assert not warned_of(lambda: trainer.fit(Toy(), in_order(ToyData(8))))
-    assert len(figures(tmp_path)) == 2
+    assert len(figures(tmp_path / "unwilling" / "version_0")) == 2
 
 
 def test_disk_that_takes_nothing(tmp_path: Path) -> None:

@@ -149,7 +149,8 @@ def test_wandb_offline(tmp_path: Path) -> None:
         for name, value in (("MODE", "offline"), ("SILENT", "true"), ("ERROR_REPORTING", "false")):
             patch.setenv(f"WANDB_{name}", value)
         try:
-            assert not fit(tmp_path, WandbLogger(save_dir=str(tmp_path), offline=True))
+            logger = WandbLogger(save_dir=str(tmp_path), offline=True)
+            assert not fit(tmp_path, logger)
         finally:
             wandb.finish()
             wandb.teardown()
@@ -157,12 +158,13 @@ def test_wandb_offline(tmp_path: Path) -> None:
                 patch.delenv(name)
     (run,) = (tmp_path / "wandb").glob("offline-run-*")
     (file,) = run.glob("*.wandb")
+    folder = tmp_path / str(logger.name) / str(logger.version)
     for tag in TAGS:
         logged = [entry for entry in history(file) if f"{tag}._type" in entry]
         assert [entry["trainer/global_step"] for entry in logged] == STEPS
         for entry, step in zip(logged, STEPS, strict=True):
             (name,) = entry[f"{tag}.filenames"]
-            expected = pixels(written(tmp_path, tag, step))
+            expected = pixels(written(folder, tag, step))
             assert np.array_equal(pixels((run / "files" / name).read_bytes()), expected)
             assert (entry[f"{tag}.height"], entry[f"{tag}.width"]) == expected.shape[:2]
 
@@ -179,17 +181,16 @@ def test_mlflow_with_local_files(tmp_path: Path) -> None:
         logger = MLFlowLogger(tracking_uri=f"file:{tmp_path}")
         assert not fit(tmp_path, logger)
         client, found = logger.experiment, {}
+        folder = tmp_path / str(logger.experiment_id) / str(logger.run_id)
         pattern = re.compile(r"images/moe~(?P<name>\w+)\+step\+(?P<step>\d+)\+timestamp\+.*(?<!compressed)\.png")
         for artifact in client.list_artifacts(logger.run_id, "images"):
             if match := pattern.fullmatch(artifact.path):
-                png = (
-                    tmp_path / str(logger.experiment_id) / str(logger.run_id) / "artifacts" / artifact.path
-                ).read_bytes()
+                png = (folder / "artifacts" / artifact.path).read_bytes()
                 found[f"moe/{match['name']}", int(match["step"])] = png
         assert client.get_run(logger.run_id).data.tags["mlflow.loggedImages"] == "True"
     assert found.keys() == {(tag, step) for tag in TAGS for step in STEPS}
     for (tag, step), png in found.items():
-        assert np.array_equal(pixels(png), pixels(written(tmp_path, tag, step)))
+        assert np.array_equal(pixels(png), pixels(written(folder, tag, step)))
 
 
 # ----------------------------------------------------------------------------------------- others
