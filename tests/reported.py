@@ -35,22 +35,33 @@ def write_csv(folder: Path, metrics: Points = LOSS) -> Path:
 
 def write_events(folder: Path, metrics: Points = LOSS) -> Path:
     """One more event file, as TensorBoardLogger writes it."""
-    writer = SummaryWriter(str(folder), filename_suffix=f".{len(list(folder.glob('*')))}")
+    number = len(list(folder.glob("events*")))
+    writer = SummaryWriter(str(folder))
     for name, points in metrics.items():
         for step, value in points.items():
             writer.add_scalar(name, value, step)
     writer.close()
+    (path,) = folder.glob("events.out.tfevents.*.*.*")
+    path.rename(folder / f"events.out.tfevents.{1_700_000_000 + number}.here")  # as if one had started after the other
     return folder
 
 
-def write_loads(folder: Path, loads: Mapping[int, Sequence[Sequence[int]]], layer: str = "blocks.{}.moe") -> Path:
-    """``load.jsonl`` as ExpertHeatmap writes it."""
-    lines = [
-        json.dumps({"step": step, "layers": [layer.format(i) for i in range(len(counts))], "tokens_per_expert": counts})
-        for step, counts in loads.items()
-    ]
-    (folder / "experts").mkdir(parents=True, exist_ok=True)
-    (folder / "experts" / "load.jsonl").write_text("\n".join(lines) + "\n")
+def write_loads(
+    folder: Path,
+    loads: Mapping[int, Sequence[Sequence[int]]],
+    layer: str = "blocks.{}.moe",
+    of: str = "experts",
+    last_step: int = 0,
+) -> Path:
+    """``load.jsonl`` as ExpertHeatmap writes it, from the step after the last one on."""
+    lines = []
+    for step, counts in loads.items():
+        layers = [layer.format(i) for i in range(len(counts))]
+        line = {"first_step": last_step + 1, "step": step, "layers": layers, "tokens_per_expert": counts}
+        lines.append(json.dumps(line))
+        last_step = step
+    (folder / of).mkdir(parents=True, exist_ok=True)
+    (folder / of / "load.jsonl").write_text("\n".join(lines) + "\n")
     return folder
 
 

@@ -76,7 +76,7 @@ def test_a_real_run_is_on_the_page_as_it_was_logged(real_run: Path, capsys: pyte
     assert (
         f"{float(next(r['train_loss'] for r in reversed(logged) if r['train_loss'])):.4g}" in tiles(page)["train_loss"]
     )
-    assert "11, of max_steps 12" in words(page)
+    assert "11, counted from 0; max_steps is 12" in words(page)
     assert "All steps are done." in words(page)
     for section in ("Loss", "Balance", "Drops", "Experts", "Communication", "Config"):
         assert f"<h2>{section}</h2>" in page
@@ -107,17 +107,19 @@ def test_both_sources_give_the_same(real_run: Path, tmp_path: Path, capsys: pyte
 def test_the_heatmaps_are_those_of_the_loads(real_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     page, _ = report(capsys, real_run)
     layers = ["blocks.0.moe", "blocks.1.moe"]
-    for step, counts, hidden in (
-        (2, [[5, 3, 0, 4], [3, 3, 3, 3]], " hidden"),
-        (4, [[1, 1, 1, 9], [0, 6, 3, 3]], ""),
+    for step, span, counts, hidden in (
+        (2, "steps 1 to 2", [[5, 3, 0, 4], [3, 3, 3, 3]], " hidden"),
+        (4, "steps 3 to 4", [[1, 1, 1, 9], [0, 6, 3, 3]], ""),
     ):
         figure = load_figure(
-            [torch.tensor(of, dtype=torch.float64) for of in counts], layers, f"Load of the experts at step {step}"
+            [torch.tensor(of, dtype=torch.float64) for of in counts], layers, f"Load of the experts, {span}"
         )
-        label = f"Load of every expert of 2 layers at step {step}"
+        label = f"Load of every expert of 2 layers, {span}"
         assert heatmap_png(figure, label, f' data-step="{step}"{hidden}') in page
     text = words(page)
-    assert "At step 4 the busiest is expert 3 of layer_00, with 3.00 times the mean. 1 expert got no token: " in text
+    assert (
+        "In steps 3 to 4 the busiest is expert 3 of layer_00, with 3.00 times the mean. 1 expert got no token: " in text
+    )
     assert "layer_01 (blocks.1.moe): 0" in text
     assert tiles(page)["Dead experts"] == ("1 of 8", "bad")
 
@@ -156,7 +158,7 @@ def test_what_was_not_logged_says_how_to_log_it(tmp_path: Path, capsys: pytest.C
     page, _ = report(capsys, write_csv(tmp_path / "run"))
     text = words(page)
     for said in (
-        "No validation loss: log one in validation_step",
+        "No validation loss: where the run validates, log one in validation_step",
         "No balance: add lightning_moe.ExpertLoadMonitor to trainer.callbacks",
         "No drops: add lightning_moe.ExpertLoadMonitor",
         "No communication: add lightning_moe.ExpertLoadMonitor",
@@ -185,8 +187,41 @@ def test_tiles_say_what_is_healthy(
     metric: str, label: str, cases: dict[float, tuple[str, str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for value, expected in cases.items():
-        folder = write_csv(tmp_path, {f"moe/{metric}": {1: 3.3, 2: value}})
+        folder = write_csv(tmp_path, {f"moe/{metric}": {2: value}})
         assert tiles(report(capsys, folder)[0])[label] == expected
+
+
+def test_tiles_judge_several_values(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """By the median of the last nine, of which one that is far out makes no verdict; but the last must be a number."""
+    shares = dict.fromkeys(range(10), 0.9) | dict(enumerate([0.9, 0.1, 0.1, 0.2, 0.1, 0.3, 0.1, 0.1, 0.1], 10))
+    page, _ = report(capsys, write_csv(tmp_path, {"moe/dispatch_share": shares}))
+    assert tiles(page)["Communication"] == ("10 %", "good")
+    assert "median of steps 10 to 18" in words(page)
+    page, _ = report(capsys, write_csv(tmp_path, {"moe/dispatch_share": {**shares, 18: float("nan")}}))
+    assert tiles(page)["Communication"] == ("nan", "bad")
+
+
+def test_dead_experts_are_those_of_as_many_steps_as_others(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The last figure of a run may be of one step."""
+    loads = {100: [[9, 9, 9, 0]], 200: [[9, 9, 0, 0]], 201: [[1, 0, 1, 0]]}
+    page, _ = report(capsys, write_loads(write_csv(tmp_path), loads))
+    assert tiles(page)["Dead experts"] == ("1 of 4", "bad")
+    assert "in steps 101 to 201" in words(page)
+    assert "In step 201 the busiest is expert 0" in words(page)
+    page, _ = report(capsys, write_loads(write_csv(tmp_path), {**loads, 202: [[1, 1]]}))
+    assert tiles(page)["Dead experts"] == ("0 of 2", "good"), "they are not those of before"
+
+
+def test_what_the_guard_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    metrics = {"moe/collapsed_layers": {9: 0.0, 19: 0.0}, "moe/load_balancing_weight": {9: 0.01, 19: 0.02}}
+    folder = write_csv(tmp_path, metrics)
+    (folder / "config.yaml").write_text("trainer:\n  max_steps: 100\n")
+    page, _ = report(capsys, written_at(folder, 1_700_000_000))
+    assert tiles(page)["Collapsed layers"] == ("0", "good")
+    assert rows(page)["moe/load_balancing_weight"][1] == "0.02 at 19"
+    assert "It ended before its last step, or writes nothing." in words(page)
+    page, _ = report(capsys, write_csv(tmp_path, {"moe/collapsed_layers": {9: 0.0, 19: 3.0}}))
+    assert tiles(page)["Collapsed layers"] == ("3", "bad")
 
 
 def test_a_loss_that_is_no_number(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

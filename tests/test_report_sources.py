@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -23,9 +24,9 @@ def test_of_several_runs_the_newest_is_taken(tmp_path: Path, capsys: pytest.Capt
     page, err = report(capsys, root)
     assert rows(page)["train_loss"][0] == "7 at 9"
     assert "about: the first" in page
-    assert "At step 10 the busiest is expert 1" in words(page)
+    assert "In steps 1 to 10 the busiest is expert 1" in words(page)
     taken = {str(root / source / "version_1") for source in ("csv", "tensorboard")}
-    assert "There are several runs, and shown is the newest" in err
+    assert "There are several runs, and shown is the newest that trained" in err
     assert "For another, give its folder, such as: lightning-moe report " in err
     assert all(folder in err and folder in words(page) for folder in taken)
     assert str(root / "csv" / "version_2") in words(page)
@@ -34,6 +35,33 @@ def test_of_several_runs_the_newest_is_taken(tmp_path: Path, capsys: pytest.Capt
     assert err == ""
     assert rows(page)["train_loss"][0] == "8 at 9"
     assert str(root / "tensorboard" / "version_2") in words(page)
+
+
+def test_validation_alone_is_no_newer_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of a folder with nothing else it is shown all the same."""
+    validated = {"val_loss": {600: 2.0}, "val_moe/load_imbalance": {600: 1.5}, "test/loss": {600: 2.5}}
+    root = tmp_path / "runs" / "tensorboard"
+    written_at(write_events(root / "version_0"), 1000)
+    written_at(write_events(root / "version_1", {**validated, "train_loss": {9: 4.0}}), 2000)
+    written_at(write_events(root / "version_2", validated), 3000)
+    run = read_run(root)
+    assert run.folders == [root / "version_1"]
+    assert run.others == [root / "version_2", root / "version_0"]
+    _, err = report(capsys, root)
+    assert "shown is the newest that trained" in err
+    assert read_run(root / "version_2").folders == [root / "version_2"]
+    for version in ("version_0", "version_1"):
+        shutil.rmtree(root / version)
+    assert set(read_run(root).scalars) == set(validated)
+
+
+def test_of_several_heatmaps_in_one_place_the_newest_are_taken(tmp_path: Path) -> None:
+    written_at(write_loads(write_csv(tmp_path), {5: [[1, 2]]}), 1000)
+    written_at(write_loads(tmp_path, {7: [[1, 2]]}, of="experts-v1").joinpath("experts-v1"), 3000)
+    written_at(write_loads(tmp_path, {9: [[1, 2]]}, of="experts-v2").joinpath("experts-v2"), 2000)
+    run = read_run(tmp_path)
+    assert [load.step for load in run.loads] == [7]
+    assert run.written == 3000
 
 
 def test_folders_of_one_name_with_other_values_are_other_runs(tmp_path: Path) -> None:

@@ -32,7 +32,8 @@ class AuxLossCallback(RoutingCallback):
 
     Logs ``moe/load_balancing_loss`` and ``moe/router_z_loss``, unweighted, and ``moe/aux_loss``, the weighted
     sum of all, as means over ranks and the micro-batches since the last logged step, every ``log_every_n_steps``.
-    ``moe/importance_loss`` and ``moe/load_loss`` join them where they have a weight.
+    ``moe/importance_loss`` and ``moe/load_loss`` join them where they have a weight. ``moe/load_balancing_weight`` is
+    that of the step, with warm-up, decay and what RouterCollapseGuard has raised.
 
     Args:
         load_balancing: Weight of the load-balancing loss (Switch Transformer, eq. 4).
@@ -206,11 +207,13 @@ class AuxLossCallback(RoutingCallback):
         losses_4 = torch.zeros(4, device=pl_module.device) if self._sum_4 is None else self._sum_4 / self._count
         self._sum_4, self._count = None, 0
         losses = mean_over_ranks(trainer, losses_4.unbind())
-        logged = {
+        logged: dict[str, Tensor | float] = {
             "moe/load_balancing_loss": losses[0],
             "moe/router_z_loss": losses[1],
             "moe/aux_loss": sum(weight * loss for weight, loss in zip(self._in_force, losses, strict=True)),
         }
+        if self.load_balancing:
+            logged["moe/load_balancing_weight"] = self._in_force.load_balancing
         if self.importance:
             logged["moe/importance_loss"] = losses[2]
         if self.load:

@@ -17,7 +17,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_moe.callbacks._counters import RoutingCounter, RoutingCounts, read, take
-from lightning_moe.callbacks._layers import RoutingCallback, names_of, sum_over_ranks
+from lightning_moe.callbacks._layers import RoutingCallback, is_logging_step, names_of, sum_over_ranks
 from lightning_moe.callbacks.aux_loss import AuxLossCallback
 from lightning_moe.nn import MoE
 
@@ -43,6 +43,9 @@ class RouterCollapseGuard(RoutingCallback):
       each time ``patience`` further steps have brought no recovery, and never sooner. The weight stays raised to the
       end of the run, also of one that is resumed with the guard.
     - ``stop``: warns, and ends the training of all ranks after this step.
+
+    ``moe/collapsed_layers`` is logged every ``log_every_n_steps``, and at the step at which ``stop`` ends the run: the
+    number of layers that are collapsed, 0 where all is well. Of several guards it is the largest number.
 
     The load of routers that balance themselves (``expert_choice``, ``sinkhorn``) or learn nothing (``hash``,
     ``random``) is not judged. Checkpoints keep how long experts have been low, so that a resumed run acts at the same
@@ -114,6 +117,7 @@ class RouterCollapseGuard(RoutingCallback):
         self._names: list[str] = []
         self._low_steps = torch.zeros(0, 1, dtype=torch.int64)  # [L, E+1], of steps judged so far
         self._reported = torch.zeros(0, 1, dtype=torch.bool)  # [L, E+1]
+        self._collapsed_layers = 0
         self._last_check = 0
         self._last_raise: int | None = None
         self._raised = 1.0  # times the weight of the config
@@ -141,7 +145,8 @@ class RouterCollapseGuard(RoutingCallback):
             problem = "there is none" if found is None else "its weight is 0"
             raise MisconfigurationException(
                 f"action='raise_weight': multiplies the load_balancing weight of AuxLossCallback, and {problem}. Add "
-                "AuxLossCallback(load_balancing=0.01) to the Trainer's callbacks, or use action='warn'."
+                "AuxLossCallback(load_balancing=0.01) to the Trainer's callbacks, with the command "
+                "--aux_loss.load_balancing=0.01, or use action='warn'."
             )
         if found.load_balancing >= self.max_weight:
             raise MisconfigurationException(
@@ -223,6 +228,7 @@ class RouterCollapseGuard(RoutingCallback):
             return  # a new run, or one that judges other layers now
         self._low_steps = torch.tensor(state["low_steps"])
         self._reported = torch.tensor(state["reported"])
+        self._collapsed_layers = int(self._reported.any(1).sum())
         self._last_check, self._last_raise = state["last_check"], state["last_raise"]
         if trainer.is_global_zero:  # the sum over ranks, whichever they are now
             counted = torch.tensor(state["counted"], dtype=torch.float64, device=pl_module.device)
@@ -234,8 +240,14 @@ class RouterCollapseGuard(RoutingCallback):
     @override
     def after_step(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         steps = trainer.global_step - self._last_check
-        if not self._watched or steps < self.check_every_n_steps:
-            return
+        if self._watched and steps >= self.check_every_n_steps:
+            self._check(trainer, steps)
+        callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]  # set by a connector
+        guards = [callback for callback in callbacks if isinstance(callback, RouterCollapseGuard)]
+        if self is guards[-1] and (is_logging_step(trainer) or trainer.should_stop):
+            pl_module.log("moe/collapsed_layers", float(max(guard._collapsed_layers for guard in guards)))
+
+    def _check(self, trainer: L.Trainer, steps: int) -> None:
         self._last_check = trainer.global_step
         counts = read(sum_over_ranks(take(self._counters)).cpu(), self._counters)
         values = self._values(counts)
@@ -245,7 +257,8 @@ class RouterCollapseGuard(RoutingCallback):
         self._low_steps = torch.where(has_tokens_L1, (self._low_steps + steps) * (values < limits), self._low_steps)
         collapsed, before = self._low_steps >= self.patience, self._reported
         self._reported = collapsed
-        self._act(trainer, (collapsed & ~before).any(1), values)
+        self._collapsed_layers = int(collapsed.any(1).sum())
+        self._act(trainer, collapsed & ~before, values, steps)
         recovered_L = before.any(1) & ~collapsed.any(1)
         if recovered_L.any():
             names = ", ".join(self._names[i] for i in recovered_L.nonzero()[:, 0].tolist())
@@ -259,12 +272,12 @@ class RouterCollapseGuard(RoutingCallback):
             row_E[0 if layer.router.balances_itself else layer.num_experts :] = math.inf
         return torch.cat([loads_LE, counts.metrics()["router_entropy"].unsqueeze(1)], 1)
 
-    def _act(self, trainer: L.Trainer, joined_L: Tensor, values: Tensor) -> None:
+    def _act(self, trainer: L.Trainer, joined: Tensor, values: Tensor, steps: int) -> None:
         step, collapsed = trainer.global_step, self._reported
         if not collapsed.any():
             return
         raised = self.action == "raise_weight" and self._raise_weight(step)
-        if not (joined_L.any() or raised):
+        if not (joined.any() or raised):
             return
         if self.action == "warn":
             done = "Nothing is done about it."
@@ -277,10 +290,13 @@ class RouterCollapseGuard(RoutingCallback):
             since = "" if self._last_raise is None else f" since step {self._last_raise}"
             most = ", and max_weight" if math.isclose(weight, self.max_weight) else ""
             done = f"The load_balancing weight is {weight:g}{since}{most}."
-        shown_L = joined_L if joined_L.any() else collapsed.any(1)
-        lines = [self._describe(i, values[i]) for i in shown_L.nonzero()[:, 0].tolist()]
+        shown = joined if joined.any() else collapsed
+        lines = [self._describe(i, shown[i], values[i], steps) for i in shown.any(1).nonzero()[:, 0].tolist()]
         begun = step - int(self._low_steps[collapsed].max())
-        helps = ["larger weights of AuxLossCallback (load_balancing, router_z)", "a lower learning rate"]
+        helps = [
+            "larger weights of AuxLossCallback (load_balancing and router_z, of the command --aux_loss)",
+            "a lower learning rate",
+        ]
         if begun > 0:
             helps.append(f"a checkpoint of step {begun} or before")
         rank_zero_warn(
@@ -302,21 +318,24 @@ class RouterCollapseGuard(RoutingCallback):
         self._last_raise = step
         return True
 
-    def _describe(self, index: int, values: Tensor) -> str:
-        layer, collapsed = self._watched[index][0], self._reported[index]
-        *experts, entropy = collapsed.tolist()
-        low = [expert for expert, is_low in enumerate(experts) if is_low]
+    def _describe(self, index: int, shown: Tensor, values: Tensor, steps: int) -> str:
+        """One layer in words: what is shown of it, with the values of the last check's steps, and what else is low."""
+        num_experts = self._watched[index][0].num_experts
+        low = [int(expert) for expert in shown[:-1].nonzero()]
+        known = [str(int(expert)) for expert in (self._reported[index] & ~shown)[:-1].nonzero()]
         parts = []
         if low:
-            steps = self._low_steps[index][:-1][collapsed[:-1]]
+            span = _span(self._low_steps[index][:-1][shown[:-1]])
+            experts = _list([f"{expert} ({values[expert]:.3g})" for expert in low])
             parts.append(
-                f"less than min_load={self.min_load} of the mean load for {_span(steps)} steps: expert "
-                f"{_list([f'{expert} ({values[expert]:.3g} of it)' for expert in low])}, of {layer.num_experts}"
+                f"of {num_experts} experts these have had less than min_load={self.min_load} of the mean load for "
+                f"{span} steps (in brackets: in the last {steps}): {experts}"
+                + (f"; besides {_list(known)}, as said before" if known else "")
             )
-        if entropy:
+        if shown[-1]:
             parts.append(
-                f"router entropy {values[-1]:.3g}, under min_entropy={self.min_entropy}, for "
-                f"{int(self._low_steps[index, -1])} steps"
+                f"router entropy {values[-1]:.3g} in the last {steps} steps, under min_entropy={self.min_entropy} for "
+                f"{int(self._low_steps[index, -1])}"
             )
         return f"{self._names[index]}: {'; '.join(parts)}."
 

@@ -20,11 +20,10 @@ from typing_extensions import override
 from lightning_moe.callbacks._figures import FigureWriter, log_folder, unused_folder
 from lightning_moe.callbacks._layers import RoutingCallback, names_of, sum_over_ranks
 from lightning_moe.dispatch.permute import count_ids
-from lightning_moe.metrics.figures import class_figure, load_figure, require_matplotlib
+from lightning_moe.metrics.figures import OTHER_CLASS, class_figure, load_figure, require_matplotlib
 from lightning_moe.nn import Decision, MoE
 
 _FOLDER = "experts"
-_OTHER = "other"
 
 
 class ExpertHeatmap(RoutingCallback):
@@ -110,8 +109,8 @@ class ExpertHeatmap(RoutingCallback):
         self._writer = None
         if trainer.fast_dev_run:  # type: ignore[attr-defined]  # set by a connector
             return
-        goes_on = trainer.global_step > 0 and os.path.dirname(self._folder) == root
-        folder = self._folder if goes_on else unused_folder(root, _FOLDER)
+        in_root = self._folder == os.path.join(root, os.path.basename(self._folder))
+        folder = self._folder if in_root and trainer.global_step > 0 else unused_folder(root, _FOLDER)
         self._folder = trainer.strategy.broadcast(folder)  # rank zero's: others may see the folder late
         if trainer.is_global_zero:
             self._writer = FigureWriter(Path(self._folder), trainer.loggers)
@@ -156,12 +155,8 @@ class ExpertHeatmap(RoutingCallback):
             return
         assignments = [counts_CE.tolist() for counts_CE in counts]
         self._writer.append("classes.jsonl", {**at, "classes": self._class_names, "assignments": assignments})
-        shown = len(self._class_names)
-        if not any(counts_CE[-1].any() for counts_CE in counts):  # nothing is "other"
-            shown -= 1
-        shown_counts = [counts_CE[:shown] for counts_CE in counts]
         title = f"Which tokens the experts get, {span}"
-        make = partial(class_figure, shown_counts, self._class_names[:shown], self._names, title)
+        make = partial(class_figure, counts, self._class_names, self._names, title)
         self._writer.draw(make, f"classes_step={step:06}.png", "moe/token_classes", step)
 
 
@@ -216,8 +211,8 @@ def classes_by_id(token_classes: Literal["bytes"] | dict[str, list[int]]) -> tup
     class_of: dict[int, int] = {}
     names = list(classes)
     for index, (name, ids) in enumerate(classes.items()):
-        if name == _OTHER or not ids:
-            problem = "is the name of all ids that are in no class" if name == _OTHER else "has no ids"
+        if name == OTHER_CLASS or not ids:
+            problem = "is the name of all ids that are in no class" if name == OTHER_CLASS else "has no ids"
             raise ValueError(f"token_classes: {name!r} {problem}. Leave it out.")
         for token_id in ids:
             if isinstance(token_id, bool) or not isinstance(token_id, int) or token_id < 0:
@@ -228,7 +223,7 @@ def classes_by_id(token_classes: Literal["bytes"] | dict[str, list[int]]) -> tup
                 )
     table_V = torch.full((max(class_of) + 2,), len(names))
     table_V[list(class_of)] = torch.tensor(list(class_of.values()))
-    return [*names, _OTHER], table_V
+    return [*names, OTHER_CLASS], table_V
 
 
 def _classes_of_bytes() -> dict[str, list[int]]:

@@ -24,6 +24,7 @@ from lightning_moe.metrics._names import printable, short_names, shortened
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+OTHER_CLASS = "other"  # of ids that are in no named one
 _LOAD_LABEL = "load / mean load; 1 = even"
 _NO_TOKENS = "no tokens"
 _MAX_COLUMNS = 500  # more steps than a screen has pixels for are drawn as sums of several
@@ -114,7 +115,7 @@ def class_figure(
 
     Args:
         assignments_LCE: Assignments of every class to every expert, [C, E] for each layer; layers may differ in E.
-        class_names: Of the C classes.
+        class_names: Of the C classes. A last one, "other", is left out where it has no assignments.
         layer_names: Names of the modules.
         title: Of the figure.
 
@@ -124,6 +125,8 @@ def class_figure(
     """
     _check("layer_names", layer_names, "assignments_LCE", len(assignments_LCE))
     require_matplotlib()
+    if list(class_names[1:][-1:]) == [OTHER_CLASS] and not any(counts_CE[-1].any() for counts_CE in assignments_LCE):
+        class_names, assignments_LCE = class_names[:-1], [counts_CE[:-1] for counts_CE in assignments_LCE]
     names, pattern = short_names(layer_names)
     labels = [shortened(printable(name), 18) for name in class_names]
     panels = []

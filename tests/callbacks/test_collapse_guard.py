@@ -72,6 +72,11 @@ def test_raises_the_weight_in_time_and_again() -> None:
         assert logged["moe/aux_loss"] == pytest.approx(weight * factor * logged["moe/load_balancing_loss"]), step
     gradients = [value / model.router_gradients[3] for value in model.router_gradients[3:]]
     assert gradients == pytest.approx([weight / 0.1 for weight in weights[3:]], rel=1e-5)
+    assert [logged["moe/load_balancing_weight"] for logged in memory.metrics] == pytest.approx(
+        [weight * min(1.0, (step + 1) / 3) for step, weight in enumerate(weights)]
+    )
+    assert [logged["moe/collapsed_layers"] for logged in memory.metrics] == [0] * 8 + [2] * 19
+    assert "(in brackets: in the last 3): 2 (0), 3 (0).\n" in heard.warned[1], "raised again: all that are low"
     assert "The load_balancing weight is 0.3 since step 9." in heard.warned[0]
     assert "The load_balancing weight is 2 since step 21, and max_weight." in heard.warned[2]
 
@@ -115,7 +120,7 @@ def test_all_ranks_catch_it_at_the_same_step(action: str, plans: Any, ep_size: i
         assert result["weight"] == pytest.approx(0.8 if action == "raise_weight" else 0.1)
     if plans is ONLY_IN_SUM:
         share = 1 / ((8 + 120) / 4)
-        assert f"expert 2 ({share:.3g} of it), 3 ({share:.3g} of it), of 4" in first["warned"][0]
+        assert f"(in brackets: in the last 3): 2 ({share:.3g}), 3 ({share:.3g}).\n" in first["warned"][0]
 
 
 def test_what_is_even_over_ranks_is_no_collapse(get_pool: Any) -> None:
@@ -185,18 +190,34 @@ def test_once_an_episode_and_again_for_further_experts_and_after_recovery() -> N
     data = [tokens(further)] * 12 + [tokens(COLLAPSED)] * 12 + [tokens(EVEN)] * 3 + [tokens(COLLAPSED)] * 9
     heard = guarded(data, guard())
     assert steps_of(heard.warned) == [6, 18, 33]
-    assert "for 6 steps: expert 3 (0 of it), of 4" in heard.warned[0]
-    assert "for 6 to 18 steps: expert 2 (0 of it), 3 (0 of it), of 4" in heard.warned[1]
+    assert "for 6 steps (in brackets: in the last 3): 3 (0).\n" in heard.warned[0]
+    assert "for 6 steps (in brackets: in the last 3): 2 (0); besides 3, as said before.\n" in heard.warned[1]
+    assert "for 6 steps (in brackets: in the last 3): 2 (0), 3 (0).\n" in heard.warned[2]
     assert heard.told == ["RouterCollapseGuard, step 27: recovered from collapse: layer_00 (blocks.0)."]
 
 
-def test_guards_of_different_bounds_beside_each_other() -> None:
-    """The first only warns of what the second, which is more patient, stops."""
+@pytest.mark.parametrize("patient_first", [False, True])
+def test_guards_of_different_bounds_beside_each_other(patient_first: bool) -> None:
+    """One only warns of what the other, which is more patient, stops. The logger is told of the first alarm."""
+    memory, guards = Memory(), [guard(), guard(action="stop", patience=12)]
     with Heard() as heard:
-        trainer = quiet(callbacks=[guard(), guard(action="stop", patience=12)], max_epochs=1)
+        callbacks = guards[::-1] if patient_first else guards
+        trainer = quiet(callbacks=callbacks, max_epochs=1, logger=memory, log_every_n_steps=4)
         trainer.fit(Steered(), batches([tokens(COLLAPSED)] * 20))
     assert steps_of(heard.warned) == [6, 12]
     assert trainer.global_step == 12
+    assert memory.metrics == [{"moe/collapsed_layers": n} for n in (0, 1, 1)]
+
+
+def test_the_loggers_are_told() -> None:
+    """Of the number of layers, every log_every_n_steps and at the step that a guard stops."""
+    memory = Memory()
+    data = [tokens(EVEN)] * 3 + [tokens(COLLAPSED, COLLAPSED)] * 8 + [tokens(EVEN, COLLAPSED)] * 8
+    guarded(data, guard(), logger=memory, log_every_n_steps=5)
+    assert memory.metrics == [{"moe/collapsed_layers": n} for n in (0, 2, 1)]
+    memory = Memory()
+    assert guarded(data, guard(action="stop"), logger=memory, log_every_n_steps=5).steps == 9
+    assert memory.metrics == [{"moe/collapsed_layers": n} for n in (0, 2)]
 
 
 def test_message() -> None:
@@ -204,10 +225,10 @@ def test_message() -> None:
     (warned,) = heard.warned
     assert warned == (
         "RouterCollapseGuard, step 9: routers have collapsed.\n"
-        "  layer_01 (blocks.1): less than min_load=0.1 of the mean load for 6 steps: "
-        "expert 0 (0.0625 of it), 1 (0.0625 of it), of 4.\n"
-        "Nothing is done about it. What helps: larger weights of AuxLossCallback (load_balancing, router_z), "
-        "a lower learning rate, a checkpoint of step 3 or before; see docs/monitoring.md."
+        "  layer_01 (blocks.1): of 4 experts these have had less than min_load=0.1 of the mean load for 6 steps "
+        "(in brackets: in the last 3): 0 (0.0625), 1 (0.0625).\n"
+        "Nothing is done about it. What helps: larger weights of AuxLossCallback (load_balancing and router_z, of the "
+        "command --aux_loss), a lower learning rate, a checkpoint of step 3 or before; see docs/monitoring.md."
     )
 
 
@@ -225,7 +246,8 @@ def test_many_experts_are_not_all_named() -> None:
     model.learning_rate = 0.0
     with Heard() as heard:
         quiet(callbacks=[guard()], max_steps=6).fit(model, in_order(Ones(32)))
-    assert "9 (0 of it), and 22 more, of 32" in heard.warned[0]
+    assert "of 32 experts these have" in heard.warned[0]
+    assert "8 (0), 9 (0), and 22 more.\n" in heard.warned[0]
 
 
 # -------------------------------------------------------------------------------------- entropy
@@ -248,7 +270,7 @@ def test_entropy_is_judged(offset: float) -> None:
     heard = guarded(data, watch)
     assert steps_of(heard.warned) == ([6] if offset > 0 else [])
     if heard.warned:
-        said = f"router entropy {mean:.3g}, under min_entropy={mean + offset}, for 6 steps"
+        said = f"router entropy {mean:.3g} in the last 3 steps, under min_entropy={mean + offset} for 6"
         assert f"layer_00 (blocks.0): {said}.\n  layer_01 (blocks.1): {said}." in heard.warned[0]
 
 

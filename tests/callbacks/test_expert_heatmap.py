@@ -138,7 +138,7 @@ def test_numbers_are_those_of_a_plain_loop(
 
 
 def test_figures_show_the_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """All of them, with the steps in the title; "other" only where something is."""
+    """All of them, with the steps in the title."""
     shown: list[tuple[Any, ...]] = []
     for name in ("load_figure", "class_figure"):
         make = getattr(expert_heatmap, name)
@@ -164,18 +164,6 @@ def test_figures_show_the_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     counts, *rest = shown[1]
     assert [layer.tolist() for layer in counts] == lines(tmp_path, "classes.jsonl")[0]["assignments"]
     assert rest == [["few", "odd", "other"], LAYERS, "Which tokens the experts get, steps 1 to 2"]
-    everything = {"small": list(range(8)), "large": list(range(8, 50))}
-
-    class Positive(ToyData):
-        def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-            return self.x[index].abs(), self.y[index]
-
-    shown.clear()
-    quiet(callbacks=[ExpertHeatmap(9, everything)], max_steps=1, default_root_dir=str(tmp_path)).fit(
-        Classed(), in_order(Positive(4))
-    )
-    assert shown[1][1] == ["small", "large"]
-    assert [len(layer) for layer in shown[1][0]] == [2, 2]
 
 
 def test_one_reduction_a_figure(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -166,7 +166,7 @@ def callback_metrics(world: int) -> dict[str, float]:
 
 def test_all_ranks_have_the_same_values(pool2: Any) -> None:
     first, second = pool2.run(callback_metrics, 2)
-    losses = ("moe/load_balancing_loss", "moe/router_z_loss", "moe/aux_loss")
+    losses = ("moe/load_balancing_loss", "moe/router_z_loss", "moe/aux_loss", "moe/load_balancing_weight")
     assert len(first) == 2 * len(NAMES) + 5 + len(losses)
     assert first == second
 

@@ -142,6 +142,15 @@ def test_classes_are_drawn_as_lift() -> None:
     assert texts(figure, "legend") == ["dead: no token", "no tokens"]
 
 
+def test_other_classes_are_drawn_where_there_are_any() -> None:
+    none, some = torch.tensor([[8, 2], [4, 6], [0, 0]]), torch.tensor([[1, 1], [1, 1], [0, 2]])
+    labels = ["a", "b", "other"]
+    assert ticks(class_figure([none, none], labels, names(2), "").axes[0].yaxis) == ["a", "b"]
+    assert ticks(class_figure([none, some], labels, names(2), "").axes[0].yaxis) == labels
+    assert ticks(class_figure([none], ["other", "a", "b"], names(1), "").axes[0].yaxis) == ["other", "a", "b"]
+    assert ticks(class_figure([torch.zeros(1, 2)], ["other"], names(1), "").axes[0].yaxis) == ["other"]
+
+
 def test_affinity() -> None:
     shares = torch.tensor([[1.0, 0.4, 0.0], [0.3, 1.0, 0.0], [0.0, 0.0, 0.0]])
     figure = affinity_figure(shares, "Together")

@@ -6,6 +6,7 @@ import csv
 import importlib.util
 import json
 import logging
+import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -14,11 +15,13 @@ from typing import Any, TypeVar
 
 METRICS_FILE = "metrics.csv"  # of Lightning's CSVLogger
 EVENTS_FILE = "events.out.tfevents"  # how the names of TensorBoard's files begin
-EXPERTS_FOLDER = "experts"  # of ExpertHeatmap
+_EXPERTS_FOLDERS = "experts", "experts-v*"  # of ExpertHeatmap; another where a run was in the same place before
 LOAD_FILE = "load.jsonl"
 CLASSES_FILE = "classes.jsonl"
 
 _NOT_METRICS = ("step", "epoch", "hp_metric")
+_VALIDATION = re.compile(r"val(?:id(?:ation)?)?(?:[/_.-]|$)", re.I)  # val_loss, val_moe/load_imbalance, valid/loss
+_TEST = re.compile(r"test(?:[/_.-]|$)", re.I)
 _Line = TypeVar("_Line", "Load", "Classes")
 
 
@@ -46,11 +49,20 @@ class Load:
         step: Optimizer step.
         layers: Names of the layers.
         tokens_per_expert: Assignments, for each layer and expert.
+        first_step: From which on they are counted, if it is known.
     """
 
     step: int
     layers: list[str]
     tokens_per_expert: list[list[int]]
+    first_step: int | None = None
+
+    @property
+    def span(self) -> str:
+        """Its steps in words."""
+        if self.first_step is None or self.first_step == self.step:
+            return f"step {self.step:,}"
+        return f"steps {self.first_step:,} to {self.step:,}"
 
 
 @dataclass(frozen=True)
@@ -83,8 +95,24 @@ def event_files(folder: Path) -> list[Path]:
 def last_written(folder: Path) -> float:
     """When a run last wrote into its folder, in seconds since the epoch; 0 where it has written nothing."""
     files = [folder / METRICS_FILE, *event_files(folder)]
-    files += [folder / EXPERTS_FOLDER / name for name in (LOAD_FILE, CLASSES_FILE)]
+    files += [path for name in (LOAD_FILE, CLASSES_FILE) if (path := newest_of_experts(folder, name))]
     return max((path.stat().st_mtime for path in files if path.is_file()), default=0.0)
+
+
+def newest_of_experts(folder: Path, name: str) -> Path | None:
+    """ExpertHeatmap's file of this name under a folder, that of its last run."""
+    paths = [path for pattern in _EXPERTS_FOLDERS for path in folder.glob(f"{pattern}/{name}") if path.is_file()]
+    return max(paths, key=lambda path: path.stat().st_mtime, default=None)
+
+
+def is_of_validation(metric: str) -> bool:
+    """By the name."""
+    return _VALIDATION.match(metric) is not None
+
+
+def is_of_test(metric: str) -> bool:
+    """By the name."""
+    return _TEST.match(metric) is not None
 
 
 def read_scalars(folder: Path) -> dict[str, Series]:
@@ -208,7 +236,8 @@ def _load(entry: Any) -> Load:
     counts = [[int(tokens) for tokens in of_layer] for of_layer in entry["tokens_per_expert"]]
     if not layers or len(layers) != len(counts) or not all(counts):
         raise ValueError("not one list of experts for each layer")
-    return Load(int(entry["step"]), layers, counts)
+    first = entry.get("first_step")
+    return Load(int(entry["step"]), layers, counts, None if first is None else int(first))
 
 
 def _classes(entry: Any) -> Classes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from html import escape
 
@@ -26,12 +27,34 @@ def dead_experts(load: Load) -> dict[int, list[int]]:
     return {layer: experts for layer, experts in dead.items() if experts}
 
 
+def latest_interval(loads: Sequence[Load]) -> Load:
+    """The last steps, as many as a figure usually has: the last figure of a run may be of few, and few tokens."""
+    latest = loads[-1]
+    if latest.first_step is None:
+        return latest
+    spans = [load.step - load.first_step + 1 for load in loads if load.first_step is not None]
+    for load in reversed(loads[:-1]):
+        enough = latest.step - (latest.first_step or 0) + 1 >= max(spans)
+        if enough or load.first_step is None or _sizes(load) != _sizes(latest):
+            break
+        pairs = zip(load.tokens_per_expert, latest.tokens_per_expert, strict=True)
+        summed = [[a + b for a, b in zip(*pair, strict=True)] for pair in pairs]
+        latest = replace(latest, tokens_per_expert=summed, first_step=load.first_step)
+    return latest
+
+
+def _sizes(load: Load) -> list[int]:
+    return [len(of_layer) for of_layer in load.tokens_per_expert]
+
+
 def expert_section(run: Run) -> Section:
     """The load of every expert: now, at earlier steps, and of each layer over time."""
     meaning = (
         "Each field is the load of one expert over the mean of its layer: 1 is even, below 2 is good, and a dead "
         "expert got no token."
     )
+    if run.loads:
+        meaning += " Steps are counted from 1 here, and by the loggers from 0: step 120 is their step 119."
     section = Section("Experts", meaning)
     if not run.loads:
         remedy = "No heatmaps: add lightning_moe.ExpertHeatmap to trainer.callbacks."
@@ -91,8 +114,8 @@ def _load_image(load: Load, hidden: str) -> str:
     from lightning_moe.metrics.figures import load_figure
 
     tensors = [torch.tensor(of_layer, dtype=torch.float64) for of_layer in load.tokens_per_expert]
-    figure = load_figure(tensors, load.layers, f"Load of the experts at step {load.step:,}")
-    label = f"Load of every expert of {count(len(load.layers), 'layer')} at step {load.step:,}"
+    figure = load_figure(tensors, load.layers, f"Load of the experts, {load.span}")
+    label = f"Load of every expert of {count(len(load.layers), 'layer')}, {load.span}"
     return heatmap_png(figure, label, f' data-step="{load.step:,}"{hidden}')
 
 
@@ -120,11 +143,9 @@ def _in_words(load: Load) -> str:
         if sum(of_layer)
     ]
     if not ratios:
-        return f"<p>At step {load.step:,} no expert got a token.</p>"
+        return f"<p>In {load.span} no expert got a token.</p>"
     ratio, layer, expert = max(ratios)
-    text = (
-        f"At step {load.step:,} the busiest is expert {expert} of layer_{layer:02d}, with {ratio:.2f} times the mean."
-    )
+    text = f"In {load.span} the busiest is expert {expert} of layer_{layer:02d}, with {ratio:.2f} times the mean."
     dead = dead_experts(load)
     if not dead:
         return f"<p>{text} No expert is dead.</p>"

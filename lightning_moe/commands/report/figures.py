@@ -146,6 +146,8 @@ def chart_svg(chart: Chart, key: str) -> str:
                 ha="right",
                 color="#666666",
                 size=7.5,
+                zorder=5,  # before the curves
+                bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 0.8},
             )
         axes.set_ylim(lowest, highest)
         axes.set_xlabel("step")

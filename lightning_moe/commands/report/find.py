@@ -11,7 +11,6 @@ from pathlib import Path
 from lightning_moe.commands.report.data import (
     CLASSES_FILE,
     EVENTS_FILE,
-    EXPERTS_FOLDER,
     LOAD_FILE,
     METRICS_FILE,
     Classes,
@@ -20,7 +19,10 @@ from lightning_moe.commands.report.data import (
     Series,
     event_files,
     has_tensorboard,
+    is_of_test,
+    is_of_validation,
     last_written,
+    newest_of_experts,
     read_classes,
     read_loads,
     read_scalars,
@@ -63,7 +65,7 @@ class Run:
 
 
 def read_run(given: Path) -> Run:
-    """Reads the newest run under a folder, or the run that the folder itself is.
+    """Reads the newest run under a folder, of those that trained if any did, or the run that the folder itself is.
 
     A run is a folder with ``metrics.csv`` or event files. Those that several loggers made for it have one name, such
     as ``csv/version_1`` and ``tensorboard/version_1``, and are read together, unless their values contradict.
@@ -87,8 +89,7 @@ def read_run(given: Path) -> Run:
             f"{folders[0]}: it has TensorBoard's event files only, and tensorboard, which reads them, is not "
             'installed. Run: pip install "lightning_moe[logging]"'
         )
-    newest = given if given in readable else readable[0]
-    scalars = read_scalars(newest)
+    newest, scalars = _newest_that_trained([given] if given in readable else readable)
     run = Run(given, [newest], [], scalars, last_written(newest))
     if readable != folders:
         run.notes.append(
@@ -104,10 +105,24 @@ def read_run(given: Path) -> Run:
     _add_what_lies_around(run)
     if run.others and run.folders[0] != given:
         run.notes.append(
-            f"There are several runs, and shown is the newest: {', '.join(map(str, run.folders))}. For another, give "
-            f"its folder, such as: lightning-moe report {run.others[0]}"
+            f"There are several runs, and shown is the newest that trained: {', '.join(map(str, run.folders))}. For "
+            f"another, give its folder, such as: lightning-moe report {run.others[0]}"
         )
     return run
+
+
+def _newest_that_trained(newest_first: Sequence[Path]) -> tuple[Path, Scalars]:
+    """The first folder that has more than what ``validate`` and ``test`` log, and its metrics; else the very first.
+
+    One that is still empty may have just begun to train.
+    """
+    evaluated: list[tuple[Path, Scalars]] = []
+    for folder in newest_first:
+        scalars = read_scalars(folder)
+        if not scalars or not all(is_of_validation(name) or is_of_test(name) for name in scalars):
+            return folder, scalars
+        evaluated.append((folder, scalars))
+    return evaluated[0]
 
 
 def _run_folders(root: Path) -> Iterator[Path]:
@@ -184,8 +199,8 @@ def _compare(one: Series, other: Series) -> tuple[int, int]:
 def _add_what_lies_around(run: Run) -> None:
     """What callbacks wrote: into a folder of the run, or above, where the first logger has no folder of its own."""
     places = list(dict.fromkeys(place for folder in run.folders for place in _upwards(folder, run.given)))
-    loads = next((path for place in places if (path := place / EXPERTS_FOLDER / LOAD_FILE).is_file()), None)
-    classes = next((path for place in places if (path := place / EXPERTS_FOLDER / CLASSES_FILE).is_file()), None)
+    loads = next((path for place in places if (path := newest_of_experts(place, LOAD_FILE))), None)
+    classes = next((path for place in places if (path := newest_of_experts(place, CLASSES_FILE))), None)
     run.loads = read_loads(loads) if loads else []
     run.classes = read_classes(classes) if classes else []
     run.written = max(run.written, *(last_written(path.parent.parent) for path in (loads, classes) if path), 0.0)

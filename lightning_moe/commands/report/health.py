@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from lightning_moe.commands.report.data import Scalars, Series
-from lightning_moe.commands.report.experts import dead_experts
+from lightning_moe.commands.report.experts import dead_experts, latest_interval
 from lightning_moe.commands.report.find import Run
 from lightning_moe.commands.report.parts import Format, percent, plain
 from lightning_moe.commands.report.sections import loss_names
@@ -39,8 +40,11 @@ class Tile:
     verdict: str = ""
 
 
+_RECENT = 9  # values that a metric is judged by: one alone, of one logged step, may be an outlier
+
+
 def tiles(run: Run) -> list[Tile]:
-    """Those for which the run has values, with the latest value of each."""
+    """Those for which the run has values, with the latest of each."""
     scalars = run.scalars
     training, validation, _ = loss_names(scalars)
     found = [_loss(name, scalars[name]) for name in (training[:1] + validation[:1])]
@@ -49,7 +53,10 @@ def tiles(run: Run) -> list[Tile]:
     )
     found += _metric(scalars, "router_entropy", "Router entropy", plain, _entropy)
     found += _dead(run)
-    found += _metric(scalars, "dropped_fraction", "Dropped", percent, lambda v: _up_to(v, _DROPPED, "few", "many"))
+    found += _collapsed(scalars)
+    found += _metric(
+        scalars, "dropped_fraction", "Dropped", percent, lambda v: _up_to(v, _DROPPED, "few" if v else "none", "many")
+    )
     found += _metric(
         scalars, "dispatch_share", "Communication", percent, lambda v: _up_to(v, _SHARE, "cheap", "costly")
     )
@@ -78,9 +85,14 @@ def _metric(
     series = scalars.get(f"moe/{metric}")
     if series is None:
         return []
-    value = series.values[-1]
-    state, verdict = judge(value) if math.isfinite(value) else (BAD, "bad: not a number")
-    return [Tile(label, write(value), f"at step {series.steps[-1]:,}", state, verdict)]
+    value, last = series.values[-1], series.steps[-1]
+    if not math.isfinite(value):
+        return [Tile(label, write(value), f"at step {last:,}", BAD, "bad: not a number")]
+    recent = [v for v in series.values[-_RECENT:] if math.isfinite(v)]
+    value = statistics.median(recent)
+    since = series.steps[-_RECENT:][0]
+    note = f"median of steps {since:,} to {last:,}" if len(recent) > 1 else f"at step {last:,}"
+    return [Tile(label, write(value), note, *judge(value))]
 
 
 def _up_to(value: float, bounds: tuple[float, float], low: str, high: str) -> tuple[str, str]:
@@ -99,10 +111,20 @@ def _entropy(value: float) -> tuple[str, str]:
 
 def _dead(run: Run) -> list[Tile]:
     if run.loads:
-        latest = run.loads[-1]
+        latest = latest_interval(run.loads)
         dead = sum(map(len, dead_experts(latest).values()))
         total = sum(map(len, latest.tokens_per_expert))
         state, verdict = (BAD, "bad: wasted") if dead else (GOOD, "good: none")
-        return [Tile("Dead experts", f"{dead:,} of {total:,}", f"at step {latest.step:,}", state, verdict)]
+        return [Tile("Dead experts", f"{dead:,} of {total:,}", f"in {latest.span}", state, verdict)]
     judge = lambda value: (BAD, "bad: wasted") if value > 0 else (GOOD, "good: none")
     return _metric(run.scalars, "dead_experts", "Dead experts a layer", plain, judge)
+
+
+def _collapsed(scalars: Scalars) -> list[Tile]:
+    """What RouterCollapseGuard said last; it has judged many steps together already."""
+    series = scalars.get("moe/collapsed_layers")
+    if series is None:
+        return []
+    number = series.values[-1]
+    state, verdict = (BAD, "bad: collapsed") if number else (GOOD, "good: none")
+    return [Tile("Collapsed layers", plain(number), f"at step {series.steps[-1]:,}", state, verdict)]

@@ -123,7 +123,7 @@ def _head(run: Run, now: float, shown: Sequence[Section]) -> str:
     planned = int(found[1]) if found else 0
     rows = [
         ("Run", ", ".join(map(str, run.folders))),
-        ("Last step", f"{last:,}" + (f", of max_steps {planned:,}" if planned else "")),
+        ("Last step", f"{last:,}, counted from 0" + (f"; max_steps is {planned:,}" if planned else "")),
         ("Last written", f"{_time(run.written)}, {_age(now - run.written)} before this page was made"),
         ("Page made", _time(now)),
     ]
@@ -131,6 +131,8 @@ def _head(run: Run, now: float, shown: Sequence[Section]) -> str:
         rows.append(("State", "All steps are done."))
     elif now - run.written < _STILL_WRITTEN:
         rows.append(("State", "May still be running: run the command again for newer numbers."))
+    elif planned:
+        rows.append(("State", "It ended before its last step, or writes nothing."))
     lines = "".join(f"<dt>{name}</dt><dd>{escape(text)}</dd>" for name, text in rows)
     links = "".join(f'<a href="#{_anchor(section)}">{escape(section.name)}</a>' for section in shown)
     notes = "".join(f'<p class="missing">{escape(note)}</p>' for note in run.notes)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from html import escape
 
 from lightning_moe.commands.description import count
-from lightning_moe.commands.report.data import Scalars
+from lightning_moe.commands.report.data import Scalars, is_of_test, is_of_validation
 from lightning_moe.commands.report.experts import class_section, expert_section
 from lightning_moe.commands.report.figures import Chart, Format
 from lightning_moe.commands.report.find import Run
@@ -43,7 +43,11 @@ _BALANCE = (
     _About("Dead experts", ("dead_experts",),
            "Experts without any token since the value before, as a mean over the layers. Should be 0.",
            from_zero=True),
+    _About("Collapsed layers", ("collapsed_layers",),
+           "Layers for which RouterCollapseGuard has raised the alarm. Should be 0.", expected=False, from_zero=True),
     _About("Load-balancing loss", ("load_balancing_loss",), "Before its weight. 1 is even."),
+    _About("Load-balancing weight", ("load_balancing_weight",),
+           "In force, with warm-up, decay and what RouterCollapseGuard has raised.", expected=False, from_zero=True),
     _About("Router z-loss", ("router_z_loss",), "Before its weight. It keeps the router's logits small."),
     _About("Importance and load loss", ("importance_loss", "load_loss"), "Before their weights.", expected=False),
     _About("Auxiliary loss", ("aux_loss",), "What is added to the task's loss: all of them, weighted."),
@@ -104,8 +108,8 @@ def sections(run: Run) -> list[Section]:
 def loss_names(scalars: Scalars) -> tuple[list[str], list[str], list[str]]:
     """Names of the losses of training, of validation, and others that are called a loss."""
     names = [n for n in scalars if _LOSS.search(n) and not n.startswith((_TRAIN, _VALIDATION))]
-    validation = [name for name in names if re.match(r"val(?:id(?:ation)?)?(?:[/_.-]|$)", name, re.I)]
-    others = [name for name in names if re.match(r"test(?:[/_.-]|$)", name, re.I)]
+    validation = [name for name in names if is_of_validation(name)]
+    others = [name for name in names if is_of_test(name)]
     return [name for name in names if name not in validation + others], validation, others
 
 
@@ -118,7 +122,10 @@ def _loss(scalars: Scalars) -> Section:
         section.parts.append(missing('No training loss: log one in training_step, as in self.log("train_loss", loss).'))
     if not validation:
         section.parts.append(
-            missing('No validation loss: log one in validation_step, as in self.log("val_loss", loss).')
+            missing(
+                "No validation loss: where the run validates, log one in validation_step, as in "
+                'self.log("val_loss", loss).'
+            )
         )
     if names := [*training, *validation, *others]:
         lines = {name: scalars[name] for name in names}
