@@ -79,7 +79,8 @@ class MoECLI(LightningCLI):
 
     def after_fit(self) -> None:
         """Says where everything is."""
-        places = {f"logs ({type(logger).__name__})": logger.log_dir for logger in self.trainer.loggers}
+        logs = {f"logs ({type(logger).__name__})": logger.log_dir or logger.save_dir for logger in self.trainer.loggers}
+        places = {name: place for name, place in logs.items() if place}
         if self.trainer.log_dir:
             places["config"] = str(Path(self.trainer.log_dir) / "config.yaml")
         checkpoint = getattr(self.trainer.checkpoint_callback, "best_model_path", "")

@@ -14,7 +14,7 @@ import lightning as L
 import pytest
 
 import lightning_moe
-from lightning_moe import AuxLossCallback, ExpertLoadMonitor, ExpertParallelStrategy
+from lightning_moe import AuxLossCallback, ExpertLoadMonitor, ExpertParallelStrategy, RouterCollapseGuard
 from tests.test_cli import flat, printed
 from tests.toy import CONFIG, Toy, ToyData, loader
 
@@ -51,7 +51,11 @@ def logged_names() -> list[str]:
         accelerator="cpu",
         devices=2,
         strategy=ExpertParallelStrategy(2),
-        callbacks=[AuxLossCallback(0.01, 0.001, importance=0.01, load=0.01), ExpertLoadMonitor(per_layer=True)],
+        callbacks=[
+            AuxLossCallback(0.01, 0.001, importance=0.01, load=0.01),
+            ExpertLoadMonitor(per_layer=True),
+            RouterCollapseGuard(),
+        ],
         max_steps=2,
         val_check_interval=2,
         log_every_n_steps=1,
