@@ -214,12 +214,9 @@ def test_dead_experts_are_those_of_as_many_steps_as_others(tmp_path: Path, capsy
 
 def test_what_the_guard_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     metrics = {"moe/collapsed_layers": {9: 0.0, 19: 0.0}, "moe/load_balancing_weight": {9: 0.01, 19: 0.02}}
-    folder = write_csv(tmp_path, metrics)
-    (folder / "config.yaml").write_text("trainer:\n  max_steps: 100\n")
-    page, _ = report(capsys, written_at(folder, 1_700_000_000))
+    page, _ = report(capsys, write_csv(tmp_path, metrics))
     assert tiles(page)["Collapsed layers"] == ("0", "good")
     assert rows(page)["moe/load_balancing_weight"][1] == "0.02 at 19"
-    assert "It ended before its last step, or writes nothing." in words(page)
     page, _ = report(capsys, write_csv(tmp_path, {"moe/collapsed_layers": {9: 0.0, 19: 3.0}}))
     assert tiles(page)["Collapsed layers"] == ("3", "bad")
 
@@ -246,8 +243,13 @@ def test_per_layer_metrics_have_charts(tmp_path: Path, capsys: pytest.CaptureFix
 def test_it_says_whether_the_run_may_go_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = write_csv(tmp_path / "run")
     assert "May still be running: run the command again" in words(report(capsys, folder)[0])
-    written_at(folder, 1_700_000_000)
-    assert "May still be running" not in words(report(capsys, folder)[0])
+    (folder / "config.yaml").write_text("trainer:\n  max_steps: 35\n")
+    write_loads(folder, {33: [[1, 2]]})
+    assert "May still be running" in words(report(capsys, folder)[0])
+    write_loads(folder, {33: [[1, 2]], 35: [[1, 2]]})
+    assert "All steps are done." in words(report(capsys, folder)[0])
+    written_at(write_loads(folder, {33: [[1, 2]]}), 1_700_000_000)
+    assert "It ended before its last step, or writes nothing." in words(report(capsys, folder)[0])
 
 
 def test_losses_by_other_names(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -127,7 +127,8 @@ def _head(run: Run, now: float, shown: Sequence[Section]) -> str:
         ("Last written", f"{_time(run.written)}, {_age(now - run.written)} before this page was made"),
         ("Page made", _time(now)),
     ]
-    if planned and last + 1 >= planned:  # loggers count from 0
+    done = max(last + 1, run.loads[-1].step if run.loads else 0)  # loggers count from 0, and miss the last steps
+    if planned and done >= planned:
         rows.append(("State", "All steps are done."))
     elif now - run.written < _STILL_WRITTEN:
         rows.append(("State", "May still be running: run the command again for newer numbers."))
