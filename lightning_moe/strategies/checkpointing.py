@@ -24,7 +24,8 @@ from lightning_moe.checkpoint.saving import Snapshot
 from lightning_moe.checkpoint.single import LightningFile
 from lightning_moe.engine import deepspeed as engine
 from lightning_moe.parallel import ExpertGroups
-from lightning_moe.strategies.preemption import Preemption
+from lightning_moe.strategies.agreement import Agreement
+from lightning_moe.strategies.preemption import NUM_REQUESTS, Preemption
 from lightning_moe.strategies.run_state import OptimizerGroups, RunState, set_rng_states
 from lightning_moe.strategies.writer import CheckpointWriter, OnSaveError
 
@@ -163,8 +164,10 @@ class CheckpointingStrategy(DeepSpeedStrategy):
     @override
     def setup(self, trainer: L.Trainer) -> None:
         callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
-        if trainer.state.fn == TrainerFn.FITTING and not any(isinstance(c, Preemption) for c in callbacks):
-            callbacks.append(Preemption())
+        if not any(isinstance(c, Preemption) for c in callbacks):
+            # Ranks agree before a callback of the user's waits for them, and a run ends when all of those are done.
+            agreement = Agreement(NUM_REQUESTS)
+            callbacks[:] = [agreement, *callbacks, Preemption(agreement)]
         super().setup(trainer)
 
     @override

@@ -58,10 +58,10 @@ def preempted(folder: str, rank: int, callbacks_save: bool, accumulate: int) -> 
 
 @pytest.mark.parametrize(
     ("rank", "callbacks_save", "accumulate", "batches", "left"),
-    [  # asked with batch 4, heard of with 5; the end of the next step
-        (0, False, 1, 5, "last.ckpt"),
-        (1, False, 2, 6, "last.ckpt"),
-        (1, True, 1, 5, "epoch=1-step=5.ckpt last.ckpt"),
+    [  # asked and heard of with batch 4; the end of the next step
+        (0, False, 1, 4, "last.ckpt"),
+        (1, False, 2, 4, "last.ckpt"),
+        (1, True, 1, 4, "epoch=1-step=4.ckpt last.ckpt"),
     ],
 )
 def test_sigterm_on_any_rank_saves_and_ends_all(
@@ -91,7 +91,7 @@ def requeued(folder: str) -> dict[str, Any]:
     class Signalled(Recording):
         def training_step(self, batch: Any, batch_idx: int) -> Tensor:
             loss = super().training_step(batch, batch_idx)
-            if len(self.losses) == 2 and dist.get_rank() == 1:
+            if len(self.losses) == 3 and dist.get_rank() == 1:
                 os.kill(os.getpid(), signal.SIGUSR1)
             return loss
 
