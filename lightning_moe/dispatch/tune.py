@@ -35,6 +35,7 @@ class DispatchTuner:
         current: What to use meanwhile.
 
     Attributes:
+        layer: What the log calls the layer whose tokens these are.
         chosen: Name of the fastest; ``None`` while trials go on.
         seconds: Times of each candidate, each that of the slowest rank; the first trial, which warms up, is left out.
     """
@@ -53,6 +54,7 @@ class DispatchTuner:
         self.groups = groups
         self.num_chunks = num_chunks
         self._current = current
+        self.layer = "this MoE layer"
         self.chosen: str | None = None
         self.seconds: dict[str, list[float]] = {name: [] for name in candidates}
         self._trials = 0
@@ -115,7 +117,7 @@ class DispatchTuner:
         self.chosen = min(medians, key=lambda name: medians[name])
         times = ", ".join(f"{name} {1e3 * seconds:.2f} ms" for name, seconds in medians.items())
         rank_zero_info(
-            f"dispatcher='tune': this MoE layer goes on with {self.chosen}. There and back with gradients, median of "
+            f"dispatcher='tune': {self.layer} goes on with {self.chosen}. There and back with gradients, median of "
             f"{self.TRIALS - 1} batches on the slowest rank: {times}."
         )
 

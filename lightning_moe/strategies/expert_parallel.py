@@ -187,9 +187,12 @@ class ExpertParallelStrategy(CheckpointingStrategy):
     def _setup_model(self, model: nn.Module) -> nn.Module:  # type: ignore[override]
         assert self.expert_groups is not None
         engine.release_earlier_engine(model)
-        for layer in _moe_layers(model):
-            layer.shard_(self.expert_groups)
-            engine.adopt_layer(layer)
+        for name, layer in model.named_modules():
+            if isinstance(layer, MoE):
+                layer.shard_(self.expert_groups)
+                engine.adopt_layer(layer)
+                if layer.tuner is not None:
+                    layer.tuner.layer = name
         return super()._setup_model(model)
 
     @override

@@ -12,8 +12,9 @@ import torch.distributed as dist
 from torch.testing import assert_close
 
 from lightning_moe.nn import experts
+from tests.callbacks.runs import in_order, layers_of, parallel
 from tests.strategies.test_exactness import STEPS, Case, assert_same, check, dataset, fit, pairwise
-from tests.toy import CONFIG, Toy, Trained, train_reference
+from tests.toy import CONFIG, Toy, ToyData, Trained, train_reference
 
 CAPACITY: dict[str, dict[str, Any]] = {
     "dropless": {},
@@ -108,3 +109,14 @@ def test_bf16_on_the_wire_costs_its_rounding_only(get_pool: Any) -> None:
         assert b.grad_norms == pytest.approx(a.grad_norms, rel=2e-2)
         for key, weight in a.state.items():
             assert_close(b.state[key], weight, rtol=2e-2, atol=2e-2, msg=lambda m, k=key: f"{k}: {m}")
+
+
+def tuned() -> list[str]:
+    """What tuners call their layers after a step."""
+    trainer, model = parallel(2, 2, max_steps=1), Toy(replace(CONFIG, dispatcher="tune"))
+    trainer.fit(model, in_order(ToyData(4)))
+    return [layer.tuner.layer for layer in layers_of(model) if layer.tuner is not None]
+
+
+def test_the_log_of_tune_names_layers(get_pool: Any) -> None:
+    assert get_pool(2).run(tuned) == [["blocks.0", "blocks.1"]] * 2
