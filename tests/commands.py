@@ -8,11 +8,15 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import psutil
+
+T = TypeVar("T")
 
 _MARKER = "LIGHTNING_MOE_TEST_COMMAND"
 # What the surrounding run (or a pool of it) may have set and a user's shell has not.
@@ -83,6 +87,16 @@ def run_command(
     finally:
         for left_over in _marked(marker):
             left_over.send_signal(signal.SIGKILL)
+
+
+def side_by_side(commands: Mapping[T, Callable[[], Finished]]) -> dict[T, Callable[[], Finished]]:
+    """Runs them at once, and gives what each of them returned or raised.
+
+    Most of their time they import, the launcher before the ranks that it starts, so that two cores are enough for two.
+    """
+    with ThreadPoolExecutor(2) as executor:
+        started = {name: executor.submit(run) for name, run in commands.items()}
+    return {name: future.result for name, future in started.items()}
 
 
 def script_of_environment(name: str) -> Path:

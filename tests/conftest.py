@@ -20,6 +20,7 @@ import pytest
 from lightning_moe.testing import RankPool
 
 _POOLS: dict[tuple[int, str], RankPool] = {}
+_NOT_LEAKED: set[int] = set()  # the processes of the system after the last test, by their ids
 _PATIENCE = 3.0  # seconds that a thread or process which has been told to end may take
 
 # Set by Lightning or its libraries on first use, the same for every test.
@@ -158,9 +159,17 @@ def no_leaked_processes() -> Iterator[None]:
     this = psutil.Process()
 
     def new() -> list[psutil.Process]:
+        # Whose child a process is takes psutil far longer to tell than that there is a new one.
+        pids = {*psutil.pids()}
+        _NOT_LEAKED.intersection_update(pids)
+        if pids == _NOT_LEAKED:
+            return []
         ranks = {pid for pool in _POOLS.values() for pid in pool.pids}
         # Nothing below a rank: a task's children must have ended with the task.
-        return [c for c in this.children(recursive=True) if c.pid not in ranks and not _is_harmless(c)]
+        found = [c for c in this.children(recursive=True) if c.pid not in ranks and not _is_harmless(c)]
+        if not found:
+            _NOT_LEAKED.update(pids)
+        return found
 
     yield
     leaked = _wait_until_empty(new)

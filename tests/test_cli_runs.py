@@ -80,8 +80,14 @@ def starts_at_chance(ran: Ran) -> bool:
     return abs(ran.metrics["train_loss"] - math.log(256)) < 0.5
 
 
-@pytest.mark.parametrize("below", [False, True], ids=["alone", "quickstart"])
-@pytest.mark.parametrize("name", sorted(set(ON_CPU) - {"quickstart.yaml"}))
+@pytest.mark.parametrize(
+    ("name", "below"),
+    [  # every second by default: those with a capacity together with the monitor that counts what is dropped
+        pytest.param(name, below, marks=[pytest.mark.grid] * ((i + below) % 2 == 0), id=f"{name}-{where}")
+        for i, name in enumerate(sorted(set(ON_CPU) - {"quickstart.yaml"}))
+        for below, where in ((False, "alone"), (True, "quickstart"))
+    ],
+)
 def test_config_trains(name: str, below: bool, text: str, quick: list[str], get_pool: Any, tmp_path: Path) -> None:
     args = ["fit", *(quick if below else []), "--config", str(CONFIGS / name), *SHORT, f"--data.path={text}"]
     for ran in get_pool(2).run(run_cli, str(tmp_path), args):

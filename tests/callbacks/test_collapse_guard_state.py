@@ -9,13 +9,13 @@ from typing import Any
 
 import lightning as L
 import pytest
-from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lightning_moe import AuxLossCallback
 from lightning_moe.callbacks.collapse_guard import RouterCollapseGuard
 from tests.callbacks.runs import Memory, in_order, parallel, quiet, rank
 from tests.callbacks.steered import COLLAPSED, EVEN, PATIENCE, Heard, Steered, batches, guard, guarded, steps_of, tokens
+from tests.strategies.test_checkpointing import Step
 from tests.toy import Toy, ToyData
 
 # ----------------------------------------------------------------------------------------- resume
@@ -37,7 +37,6 @@ def resumed(folder: str, world: int, action: str, rescued: bool) -> dict[str, An
         watch, aux, memory = guard(action=action), AuxLossCallback(weight), Memory()
         settings: dict[str, Any] = {
             "callbacks": [watch, aux, *callbacks], "max_steps": steps, "logger": memory, "log_every_n_steps": 1,
-            "enable_checkpointing": bool(callbacks),
         }  # fmt: skip
         trainer = quiet(**settings) if world == 1 else parallel(world, world, **settings)
         with Heard() as heard:
@@ -51,11 +50,11 @@ def resumed(folder: str, world: int, action: str, rescued: bool) -> dict[str, An
             "logged": [metrics["moe/aux_loss"] for metrics in memory.metrics],
         }
 
-    saver = ModelCheckpoint(folder, filename="{step}", every_n_train_steps=1, save_top_k=-1, monitor=None)
     path = str(Path(folder) / "step={}.ckpt")
+    places = [at for at in (2, 7, 8, 9, 11) if action != "stop" or at < 10]
     return {
-        "whole": fit(20, saver),
-        "resumed": {at: fit(20, ckpt_path=path.format(at)) for at in (2, 7, 8, 9, 11) if action != "stop" or at < 10},
+        "whole": fit(20, Step(lambda trainer: trainer.save_checkpoint(path.format(trainer.global_step)), *places)),
+        "resumed": {at: fit(20, ckpt_path=path.format(at)) for at in places},
         "other weight": fit(20, weight=0.2, ckpt_path=path.format(9)),
     }
 
@@ -148,7 +147,7 @@ def test_values_out_of_range(options: dict[str, Any], message: str) -> None:
         ),
         ([AuxLossCallback(1.0)], "max_weight=1.0: must be above load_balancing=1.0 of AuxLossCallback for"),
     ],
-    ids=str,
+    ids=["no callback", "no weight", "another guard", "a weight at the maximum"],
 )
 def test_no_weight_to_raise(callbacks: list[L.Callback], message: str) -> None:
     with pytest.raises(MisconfigurationException, match=f"^{re.escape(message)}"):

@@ -95,8 +95,8 @@ def watched(world: int, ep_size: int, stage: int, recompute: str | None) -> tupl
     [
         (2, 1, 1, None),
         (2, 2, 0, "reentrant"),
-        (2, 2, 2, "non-reentrant"),
-        (2, 2, 3, "reentrant"),
+        pytest.param(2, 2, 2, "non-reentrant", marks=pytest.mark.grid),
+        pytest.param(2, 2, 3, "reentrant", marks=pytest.mark.grid),
         (2, 1, 3, "non-reentrant"),
         (4, 2, 1, "non-reentrant"),
         (4, 1, 2, "reentrant"),

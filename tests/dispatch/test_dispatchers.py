@@ -24,6 +24,7 @@ from lightning_moe.nn import GroupedExperts
 from lightning_moe.parallel import SINGLE_RANK, ExpertGroups, Topology
 from lightning_moe.parallel.groups import new_expert_groups
 from lightning_moe.testing import RankPool
+from tests.selection import one_in
 
 E, D, F = 8, 4, 8
 LIMIT = 10.0  # seconds: a rank that waits for a peer would wait much longer
@@ -121,10 +122,11 @@ def there_and_back(name: str, ep_size: int, case: str, dtype: torch.dtype, chunk
     assert torch.equal(x.grad, upstream * kept.to(dtype))
 
 
-@layouts
-@names
-@cases
-@pytest.mark.parametrize(("dtype", "chunks"), [(torch.float32, 1), (torch.bfloat16, 1), (torch.float32, 3)], ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "chunks", "case", "name", "world", "ep_size"),
+    one_in(3, [(torch.float32, 1), (torch.bfloat16, 1), (torch.float32, 3)], CASES, NAMES, LAYOUTS),
+    ids=str,
+)
 def test_identity_experts_return_the_input_bit_for_bit(
     world: int, ep_size: int, name: str, case: str, dtype: torch.dtype, chunks: int, get_pool: Callable[..., RankPool]
 ) -> None:
@@ -154,10 +156,9 @@ def arrivals(name: str, ep_size: int, case: str, top_k: int) -> list[list[tuple[
     return [[(int(row[0]), int(row[1])) for row in run] for run in runs]
 
 
-@layouts
-@names
-@cases
-@pytest.mark.parametrize("top_k", [1, 2])
+@pytest.mark.parametrize(
+    ("top_k", "case", "name", "world", "ep_size"), one_in(3, [1, 2], CASES, NAMES, LAYOUTS), ids=str
+)
 def test_every_row_arrives_at_its_expert(
     world: int, ep_size: int, name: str, case: str, top_k: int, get_pool: Callable[..., RankPool]
 ) -> None:
@@ -214,10 +215,9 @@ def through_experts(name: str, ep_size: int, case: str, chunks: int) -> None:
     assert largest > 0.1 or case in ("all empty", "one rank empty", "one rank drops all", "to one rank")
 
 
-@layouts
-@names
-@cases
-@pytest.mark.parametrize("chunks", [1, 2])
+@pytest.mark.parametrize(
+    ("chunks", "case", "name", "world", "ep_size"), one_in(3, [1, 2], CASES, NAMES, LAYOUTS), ids=str
+)
 def test_with_experts_as_one_process(
     world: int, ep_size: int, name: str, case: str, chunks: int, get_pool: Callable[..., RankPool]
 ) -> None:

@@ -26,7 +26,9 @@ from lightning_moe.nn.experts import linear_by_expert
 from lightning_moe.parallel import SINGLE_RANK
 from lightning_moe.testing import RankPool
 from tests.dispatch.test_dispatchers import (
+    LAYOUTS,
     LIMIT,
+    NAMES,
     D,
     E,
     Part,
@@ -40,6 +42,7 @@ from tests.dispatch.test_dispatchers import (
     send,
     warm_up,
 )
+from tests.selection import one_in
 
 # (name, ids, experts, kept, rows per expert, assignment of every row, row of every assignment)
 BY_HAND: list[tuple[str, list[list[int]], int, list[list[bool]] | None, int, list[int], list[list[int]]]] = [
@@ -243,10 +246,10 @@ def with_and_without(name: str, ep_size: int, case: str, chunks: int, work: Call
             assert_close(padded[what], value, rtol=1e-6, atol=1e-6, msg=partial("{}: {}".format, what))
 
 
-@layouts
-@names
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize(("work", "chunks"), [(by_rows, 1), (by_tiles, 2), (by_batched_products, 1)])
+@pytest.mark.parametrize(
+    ("work", "chunks", "case", "name", "world", "ep_size"),
+    one_in(3, [(by_rows, 1), (by_tiles, 2), (by_batched_products, 1)], CASES, NAMES, LAYOUTS),
+)
 def test_as_without(
     world: int,
     ep_size: int,

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ import pytest
 from torch.utils.data import DataLoader
 
 from lightning_moe import AuxLossCallback, ExpertParallelStrategy
-from tests.commands import run_command
+from tests.commands import Finished, run_command, side_by_side
 from tests.toy import Toy, ToyData
 
 DEADLINE = 30.0
@@ -55,7 +57,29 @@ def main(how: str, rank: str, mark: str) -> None:
     print("trained to the end")
 
 
-@pytest.mark.timeout(90)
+def crash(how: str, rank: int, folder: Path, project_root: Path) -> Finished:
+    command: list[str | Path] = [sys.executable, "-m", "tests.strategies.test_crash", how, str(rank), folder / "failed"]
+    environment = {"PYTHONPATH": str(project_root)}
+    return run_command(command, folder, 60, patience=DEADLINE, mark=folder / "failed", environment=environment)
+
+
+@pytest.fixture(scope="module")
+def crashes(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, project_root: Path
+) -> dict[tuple[str, int], Callable[[], Finished]]:
+    """Those of the tests that were selected."""
+    cases = [item.callspec.params for item in request.session.items if item.path == request.path]  # type: ignore[attr-defined]
+    return side_by_side(
+        {
+            (case["how"], case["rank"]): partial(
+                crash, **case, folder=tmp_path_factory.mktemp("crash"), project_root=project_root
+            )
+            for case in cases
+        }
+    )
+
+
+@pytest.mark.timeout(200)
 @pytest.mark.parametrize(
     ("how", "rank"),
     [
@@ -65,15 +89,12 @@ def main(how: str, rank: str, mark: str) -> None:
         pytest.param("raise", 1, marks=pytest.mark.grid),
     ],
 )
-def test_one_failing_rank_ends_the_run(how: str, rank: int, tmp_path: Path, project_root: Path) -> None:
-    mark = tmp_path / "failed"
-    command: list[str | Path] = [sys.executable, "-m", "tests.strategies.test_crash", how, str(rank), mark]
-    ended = run_command(
-        command, tmp_path, timeout=60, patience=DEADLINE, mark=mark, environment={"PYTHONPATH": str(project_root)}
-    )
-    assert mark.exists(), f"The rank did not come to its third step:\n{ended.output}"
+def test_one_failing_rank_ends_the_run(
+    how: str, rank: int, crashes: dict[tuple[str, int], Callable[[], Finished]]
+) -> None:
+    ended = crashes[how, rank]()
+    assert ended.seconds_after_mark is not None, f"The rank did not come to its third step:\n{ended.output}"
     assert not ended.left, f"Still running:\n{ended.left}\n{ended.output}"
-    assert ended.seconds_after_mark is not None
     assert ended.seconds_after_mark < DEADLINE
     assert ended.code != 0, ended.output
     assert "trained to the end" not in ended.output

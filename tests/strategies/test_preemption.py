@@ -38,12 +38,12 @@ def preempted(folder: str, rank: int, callbacks_save: bool, accumulate: int) -> 
 
     def run(model: Toy, path: str | None) -> L.Trainer:
         saver = ModelCheckpoint(folder, every_n_train_steps=100, save_on_exception=callbacks_save)
-        trainer = trainer_of(max_epochs=4, callbacks=[saver], accumulate_grad_batches=accumulate)
+        trainer = trainer_of(max_epochs=2, callbacks=[saver], accumulate_grad_batches=accumulate)
         trainer.fit(model, data(), ckpt_path=path)
         return trainer
 
     whole = Recording()
-    trainer_of(max_epochs=4, accumulate_grad_batches=accumulate).fit(whole, data())
+    trainer_of(max_epochs=2, accumulate_grad_batches=accumulate).fit(whole, data())
     killed = Killed()
     with pytest.raises(SIGTERMException) as caught:
         run(killed, None)
@@ -52,6 +52,7 @@ def preempted(folder: str, rank: int, callbacks_save: bool, accumulate: int) -> 
     left = names(Path(folder))
     resumed = Recording()
     run(resumed, "last")
+    assert resumed.losses
     return {"steps": len(killed.losses), "left": left, "code": caught.value.code,
             "same": whole.losses[len(killed.losses):] == resumed.losses}  # fmt: skip
 

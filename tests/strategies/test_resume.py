@@ -52,7 +52,7 @@ class Noisy(Toy):
 
 
 def fit_noisy(
-    layout: Layout, precision: Any, epochs: int, path: str | None = None, saver: ModelCheckpoint | None = None,
+    layout: Layout, precision: Any, epochs: int, path: str | None = None, *savers: ModelCheckpoint,
     kind: type[DataLoader[Any]] = ResumableDataLoader,
 ) -> tuple[list[float], dict[str, Tensor]]:  # fmt: skip
     """Losses of this rank, and what its optimizer and model hold in the end."""
@@ -62,8 +62,8 @@ def fit_noisy(
     model = Noisy()
     trainer = parallel(
         world, ep_size, stage, max_epochs=epochs, precision=precision, accumulate_grad_batches=2, gradient_clip_val=0.5,
-        enable_checkpointing=saver is not None, use_distributed_sampler=True,
-        callbacks=[AuxLossCallback(), ExpertBiasUpdate(0.01), *([saver] if saver else [])],
+        enable_checkpointing=bool(savers), use_distributed_sampler=True,
+        callbacks=[AuxLossCallback(), ExpertBiasUpdate(0.01), *savers],
     )  # fmt: skip
     data = kind(ToyData(world * 4 * 9), batch_size=4, shuffle=True)  # nine batches an epoch: the last window is short
     trainer.fit(model, data, ckpt_path=path)
@@ -71,8 +71,8 @@ def fit_noisy(
 
 
 def saved_and_resumed(folder: str, layout: Layout, precision: Any, steps: dict[int, int]) -> None:
-    saver = ModelCheckpoint(folder, filename="{step}", every_n_train_steps=1, save_top_k=-1)
-    losses, weights = fit_noisy(layout, precision, 3, saver=saver)
+    savers = [ModelCheckpoint(folder, filename="{step}", every_n_train_steps=step, save_top_k=-1) for step in steps]
+    losses, weights = fit_noisy(layout, precision, 3, None, *savers)
     assert len(losses) == len(set(losses)) == 27
     for step, batches in steps.items():
         resumed, same = fit_noisy(layout, precision, 3, path=str(Path(folder) / f"step={step}.ckpt"))
@@ -108,8 +108,8 @@ def test_same_layout_is_bit_identical(
 
 def end_of_epoch(folder: str) -> None:
     """With torch's own loader, whose position in an epoch nobody knows, from the end of an epoch."""
-    losses, _ = fit_noisy((2, 2, 1), "32-true", 3, kind=DataLoader,
-                          saver=ModelCheckpoint(folder, filename="{epoch}", every_n_epochs=1, save_top_k=-1))  # fmt: skip
+    saver = ModelCheckpoint(folder, filename="{epoch}", every_n_epochs=1, save_top_k=-1)
+    losses, _ = fit_noisy((2, 2, 1), "32-true", 3, None, saver, kind=DataLoader)
     resumed, _ = fit_noisy((2, 2, 1), "32-true", 3, kind=DataLoader, path=str(Path(folder) / "epoch=0.ckpt"))
     assert resumed == losses[9:]
 

@@ -32,7 +32,14 @@ def fitted_twice(stage: int, sizes: tuple[int, int]) -> tuple[dict[str, Tensor],
 
 
 @pytest.mark.parametrize(
-    ("stage", "sizes"), [*((stage, (2, 2)) for stage in range(4)), *((stage, (1, 2)) for stage in range(3))]
+    ("stage", "sizes"),
+    [
+        (0, (1, 2)),
+        (1, (2, 2)),
+        (2, (1, 2)),
+        (3, (2, 2)),
+        *(pytest.param(*case, marks=pytest.mark.grid) for case in ((0, (2, 2)), (1, (1, 2)), (2, (2, 2)))),
+    ],
 )
 def test_a_second_fit_goes_on(stage: int, sizes: tuple[int, int], get_pool: Any) -> None:
     reference = train_reference(Toy(optimizer=torch.optim.SGD, learning_rate=0.3), ToyData(2 * BATCH * 3), 2, 6)

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 
 from lightning_moe.testing import RankError, RankPool
+from lightning_moe.testing import pool as pool_module
 
 # Tasks: the ranks import them from this module.
 
@@ -219,7 +220,8 @@ def test_the_same_error_everywhere_costs_no_restart(pool2: RankPool) -> None:
     assert pool2.pids == pids
 
 
-def test_an_error_while_others_wait_in_a_collective(fragile_pool: RankPool) -> None:
+def test_an_error_while_others_wait_in_a_collective(fragile_pool: RankPool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pool_module, "_GRACE", 0.5)
     pool = fragile_pool
     pool.run(process_facts)
     start = time.monotonic()

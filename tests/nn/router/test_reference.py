@@ -19,6 +19,7 @@ from lightning_moe.nn.router import NoisyTopKRouter, TopKRouter, make_router
 from lightning_moe.nn.router.base import without_padding
 from lightning_moe.testing.routers import ReferenceRoutes, best_first, reference_routes, valid_tokens
 from tests.nn.router.helpers import NEVER, tokens_of
+from tests.selection import one_in
 
 E = 8
 SIGMOID: dict[str, Any] = {"score_function": "sigmoid"}
@@ -159,18 +160,14 @@ def assert_same_preferences(config: MoEConfig, ours: Routing, theirs: ReferenceR
         assert best_first(choice_TE[t]) == theirs.preferences[t]
 
 
-@pytest.mark.parametrize("training", [False, True], ids=["evaluation", "training"])
-@pytest.mark.parametrize("given", INPUTS)
-@pytest.mark.parametrize("config", CONFIGS)
+@pytest.mark.parametrize(("config", "given", "training"), one_in(2, [*CONFIGS], [*INPUTS], [False, True]))
 def test_as_by_plain_loops(config: str, given: str, training: bool) -> None:
     logits = INPUTS[given]()
     token_ids = torch.randint(100, (len(logits),))
     assert_same(CONFIGS[config], logits, tokens_of(len(logits), training, token_ids=token_ids))
 
 
-@pytest.mark.parametrize("training", [False, True], ids=["evaluation", "training"])
-@pytest.mark.parametrize("padded", PADDED)
-@pytest.mark.parametrize("config", CONFIGS)
+@pytest.mark.parametrize(("config", "padded", "training"), one_in(2, [*CONFIGS], [*PADDED], [False, True]))
 def test_with_padding_as_by_plain_loops(config: str, padded: str, training: bool) -> None:
     ids, valid = torch.randint(100, (4, 10)), PADDED[padded]()
     tokens = Tokens(torch.Size([4, 10]), valid, ids, training=training)
