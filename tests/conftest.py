@@ -197,10 +197,10 @@ def _command(process: psutil.Process) -> list[str]:
 
 
 def _is_harmless(process: psutil.Process) -> bool:
-    """One that has just ended, or the one that multiprocessing keeps to clean up after its users."""
+    """One that has just ended, or one that multiprocessing keeps: to clean up after its users, and to fork ranks from."""
+    kept = "multiprocessing.resource_tracker", "multiprocessing.forkserver"
     try:
-        return process.status() == psutil.STATUS_ZOMBIE or "multiprocessing.resource_tracker" in " ".join(
-            process.cmdline()
-        )
+        command = " ".join(process.cmdline())
+        return process.status() == psutil.STATUS_ZOMBIE or any(name in command for name in kept)
     except psutil.NoSuchProcess:
         return True

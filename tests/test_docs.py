@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from lightning.pytorch.callbacks import ThroughputMonitor
 
 from lightning_moe import (
     CapacitySchedule,
@@ -78,11 +79,15 @@ def test_monitoring_examples_run() -> None:
 
 
 def test_monitoring_config_is_taken(tmp_path: Path) -> None:
-    path = tmp_path / "monitoring.yaml"
-    path.write_text(block(MONITORING, "yaml"))
+    """The second block, too, on top of the first."""
+    args = ["--trainer.accelerator=cpu", "--trainer.logger=false"]
+    for number, text in enumerate(blocks(MONITORING, "yaml")):
+        path = tmp_path / f"{number}.yaml"
+        path.write_text(text)
+        args += ["--config", str(path)]
     with from_a_shell():
-        cli = MoECLI(["--config", str(path), "--trainer.accelerator=cpu", "--trainer.logger=false"], run=False)
-    assert {type(callback) for callback in cli.trainer.callbacks} >= WATCHING
+        cli = MoECLI(args, run=False)
+    assert {type(callback) for callback in cli.trainer.callbacks} >= {*WATCHING, ThroughputMonitor}
 
 
 def test_files_exist(project_root: Path) -> None:

@@ -34,12 +34,15 @@ def environment(changes: Mapping[str, str]) -> Iterator[None]:
         os.environ.update({name: value for name, value in before.items() if os.environ.get(name) != value})
 
 
-def rank_main(pipe: Connection, backend: str, timeout: float, log: str, stacks: str) -> None:
+def rank_main(
+    pipe: Connection, backend: str, timeout: float, log: str, stacks: str, variables: Mapping[str, str]
+) -> None:
     """Answer the tasks that come through ``pipe`` until the parent closes it or dies.
 
     Raises:
         RuntimeError: If the process group cannot be made; the parent has then been told so.
     """
+    _set_environment(variables)
     os.setsid()
     threading.Thread(target=_end_with_parent, args=(log,), name="end-with-parent", daemon=True).start()
     descriptor = os.open(log, os.O_WRONLY | os.O_APPEND)
@@ -66,6 +69,15 @@ def rank_main(pipe: Connection, backend: str, timeout: float, log: str, stacks: 
             gc.collect()
             gc.freeze()
             modules = len(sys.modules)
+
+
+def _set_environment(variables: Mapping[str, str]) -> None:
+    """Where this process was forked, that of the other stays, and Lightning has looked for the rank there."""
+    from lightning.fabric.utilities.rank_zero import rank_zero_only
+
+    os.environ.clear()
+    os.environ.update(variables)
+    rank_zero_only.rank = int(variables["RANK"])  # type: ignore[attr-defined]  # set by Lightning
 
 
 def _end_with_parent(log: str) -> None:
