@@ -16,6 +16,7 @@ from lightning_moe.nn.placing import place
 from lightning_moe.nn.router.base import without_padding
 from lightning_moe.testing.reference import ReferenceMoE, reference_of
 from tests.callbacks.runs import Memory, in_order, quiet, rank
+from tests.selection import one_in
 from tests.toy import BATCH, CONFIG, Toy, ToyData, loader
 
 CAPACITY = replace(CONFIG, capacity_factor=0.75, min_capacity=1)
@@ -78,13 +79,7 @@ def expected(world: int, accumulate: int) -> dict[str, float]:
 
 
 @pytest.mark.parametrize(
-    ("world", "accumulate", "recompute"),
-    [  # every second by default
-        pytest.param(world, accumulate, recompute, marks=[pytest.mark.grid] * ((i + j + k) % 2))
-        for i, world in enumerate([2, 4])
-        for j, accumulate in enumerate([1, 4])
-        for k, recompute in enumerate([None, "reentrant", "non-reentrant"])
-    ],
+    ("world", "accumulate", "recompute"), one_in(3, [2, 4], [1, 4], [None, "reentrant", "non-reentrant"])
 )
 def test_every_token_is_counted_once(world: int, accumulate: int, recompute: str | None, get_pool: Any) -> None:
     results = get_pool(world).run(logged, world, 2, accumulate, recompute, True)
