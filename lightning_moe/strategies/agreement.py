@@ -7,15 +7,19 @@ optimizer step, while others would accumulate.
 
 from __future__ import annotations
 
+from datetime import timedelta
 from typing import Any
 
 import lightning as L
 import torch
 import torch.distributed as dist
+from lightning.pytorch.callbacks import OnExceptionCheckpoint
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
+from torch.distributed.distributed_c10d import _get_default_store
 from typing_extensions import override
 
+_PATIENCE = 10.0  # seconds between the failures of ranks that fail together
 _NONE, _LAST, _MORE = range(3)  # what a rank says of its batches: it has none, this is the last, there are more
 
 
@@ -42,11 +46,13 @@ class Agreement(L.Callback):
         self.agreed.zero_()
         self._group: dist.ProcessGroup | None = None
         self._asking: tuple[dist.Work | None, Tensor, str, int] | None = None
+        self._asked = 0  # times
         self._had_batch = False  # in this epoch of training
 
     def _ask(self, trainer: L.Trainer, batches: int, number: int) -> None:
         asked, work = torch.cat([self.requested, torch.zeros(3, dtype=torch.int32)]), None
         asked[len(self.requested) + batches] = 1
+        self._asked += 1
         if trainer.world_size > 1:
             if self._group is None:
                 self._group = dist.new_group(backend="gloo")  # its own: a save in the background has another
@@ -148,8 +154,35 @@ class Agreement(L.Callback):
         self._hear()
 
     @override
-    def on_exception(self, *_: Any) -> None:
+    def on_exception(self, trainer: L.Trainer, pl_module: Any, exception: BaseException) -> None:
+        """A checkpoint is the work of all ranks: one that fails by itself would wait for the others for ever.
+
+        Raises:
+            RuntimeError: a callback would save one now, and not all ranks have failed.
+        """
+        saves = [
+            callback
+            for callback in trainer.checkpoint_callbacks
+            if getattr(callback, "save_on_exception", False) or isinstance(callback, OnExceptionCheckpoint)
+        ]
+        alone = bool(saves) and self._group is not None and not self._all_fail(self._group)
         self._forget()  # and not the group: its end could wait for ranks that are gone
+        if alone:
+            raise RuntimeError(
+                f"{type(saves[0]).__name__}: no checkpoint is saved on this {type(exception).__name__}, because not "
+                "all ranks have failed, and a checkpoint takes all of them."
+            ) from exception
+
+    def _all_fail(self, group: dist.ProcessGroup) -> bool:
+        """By the store: a collective that others do not come to could not be given up, and would hold up the end."""
+        store, world = _get_default_store(), dist.get_world_size(group)
+        keys = [f"lightning_moe/failed/{group.group_name}/{self._asked}/{rank}" for rank in range(world)]
+        try:
+            store.set(keys[dist.get_rank(group)], "")
+            store.wait(keys, timedelta(seconds=_PATIENCE))
+        except RuntimeError:
+            return False
+        return True
 
     @override
     def teardown(self, *_: Any, **__: Any) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 import lightning as L
 import pytest
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils.data import DataLoader
 
 from lightning_moe import AuxLossCallback, ExpertParallelStrategy
@@ -41,14 +42,16 @@ class Failing(Toy):
 
 
 def main(how: str, rank: str, mark: str) -> None:
+    # Which saves on an exception would wait for ranks that have none.
+    saver = ModelCheckpoint(Path(mark).parent / "saved", every_n_train_steps=1000, save_on_exception=True)
     trainer = L.Trainer(
         accelerator="cpu",
         devices=2,
         strategy=ExpertParallelStrategy(2),
-        callbacks=[AuxLossCallback()],
+        callbacks=[AuxLossCallback(), saver] if how == "save" else [AuxLossCallback()],
         max_steps=100,
         logger=False,
-        enable_checkpointing=False,
+        enable_checkpointing=how == "save",
         enable_progress_bar=False,
         enable_model_summary=False,
     )
@@ -84,9 +87,11 @@ def crashes(
     ("how", "rank"),
     [
         ("kill", 1),
-        ("raise", 0),
+        ("save", 0),
         pytest.param("kill", 0, marks=pytest.mark.grid),
+        pytest.param("raise", 0, marks=pytest.mark.grid),
         pytest.param("raise", 1, marks=pytest.mark.grid),
+        pytest.param("save", 1, marks=pytest.mark.grid),
     ],
 )
 def test_one_failing_rank_ends_the_run(
@@ -100,7 +105,10 @@ def test_one_failing_rank_ends_the_run(
     assert "trained to the end" not in ended.output
     if how == "kill" and rank == 0:
         assert ended.code == -signal.SIGKILL
-    if how == "raise":
+    if how == "save":
+        said = "ModelCheckpoint: no checkpoint is saved on this ArithmeticError, because not all ranks have failed"
+        assert said in ended.output
+    if how != "kill":
         assert f"ArithmeticError: rank {rank} has had enough" in ended.output
 
 
