@@ -207,9 +207,19 @@ def test_dead_experts_are_those_of_as_many_steps_as_others(tmp_path: Path, capsy
     page, _ = report(capsys, write_loads(write_csv(tmp_path), loads))
     assert tiles(page)["Dead experts"] == ("1 of 4", "bad")
     assert "in steps 101 to 201" in words(page)
-    assert "In step 201 the busiest is expert 0" in words(page)
+    assert "In steps 101 to 201 the busiest is expert 0" in words(page)
+    assert "1 expert got no token: layer_00 (blocks.0.moe): 3" in words(page)
+    gap = {100: [[9, 9, 9, 0]], 150: [[9, 9, 0, 9]]}
+    folder = write_loads(tmp_path, gap)
+    jsonl = folder / "experts" / "load.jsonl"
+    jsonl.write_text(jsonl.read_text().replace('"first_step": 101', '"first_step": 141'))
+    page, _ = report(capsys, folder)
+    assert tiles(page)["Dead experts"] == ("1 of 4", "bad")
+    assert "in steps 141 to 150" in words(page), "what is between is not known"
     page, _ = report(capsys, write_loads(write_csv(tmp_path), {**loads, 202: [[1, 1]]}))
     assert tiles(page)["Dead experts"] == ("0 of 2", "good"), "they are not those of before"
+    page, _ = report(capsys, write_loads(write_csv(tmp_path), {1: [[0, 0]]}))
+    assert "Dead experts" not in tiles(page)
 
 
 def test_what_the_guard_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -243,6 +253,11 @@ def test_per_layer_metrics_have_charts(tmp_path: Path, capsys: pytest.CaptureFix
 def test_it_says_whether_the_run_may_go_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = write_csv(tmp_path / "run")
     assert "May still be running: run the command again" in words(report(capsys, folder)[0])
+    write_csv(folder, {"train_loss": {29: 2.5}, "validate/time": {126: 1.0}})  # by its own batches
+    (folder / "config.yaml").write_text("trainer:\n  max_steps: 100\n")
+    assert "29, counted from 0; max_steps is 100" in words(report(capsys, folder)[0])
+    assert "May still be running" in words(report(capsys, folder)[0])
+    write_csv(folder)
     (folder / "config.yaml").write_text("trainer:\n  max_steps: 35\n")
     write_loads(folder, {33: [[1, 2]]})
     assert "May still be running" in words(report(capsys, folder)[0])

@@ -40,6 +40,7 @@ def test_of_several_runs_the_newest_is_taken(tmp_path: Path, capsys: pytest.Capt
 def test_validation_alone_is_no_newer_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Of a folder with nothing else it is shown all the same."""
     validated = {"val_loss": {600: 2.0}, "val_moe/load_imbalance": {600: 1.5}, "test/loss": {600: 2.5}}
+    validated |= {f"{stage}/time": {700: 1.5} for stage in ("validate", "test", "predict", "sanity_check")}
     root = tmp_path / "runs" / "tensorboard"
     written_at(write_events(root / "version_0"), 1000)
     written_at(write_events(root / "version_1", {**validated, "train_loss": {9: 4.0}}), 2000)
@@ -53,6 +54,41 @@ def test_validation_alone_is_no_newer_run(tmp_path: Path, capsys: pytest.Capture
     for version in ("version_0", "version_1"):
         shutil.rmtree(root / version)
     assert set(read_run(root).scalars) == set(validated)
+
+
+def test_folders_without_values_are_no_newer_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As predict leaves them, and a run that failed at once."""
+    root = tmp_path / "runs" / "tensorboard"
+    written_at(write_events(root / "version_0"), 1000)
+    written_at(write_events(root / "version_1", {"val_loss": {600: 2.0}}), 2000)
+    written_at(write_events(root / "version_2", {}), 3000)
+    written_at(write_events(root / "version_3", {}), 4000)
+    page, err = report(capsys, root)
+    assert rows(page)["train_loss"][0] == "4 at 9"
+    assert f"Newer, but without any value yet: {root / 'version_3'}, {root / 'version_2'}." in err
+    assert "version_2: no values yet" in failure(capsys, root / "version_2")
+    shutil.rmtree(root / "version_0")
+    assert read_run(root).folders == [root / "version_1"]
+    shutil.rmtree(root / "version_1")
+    assert "version_3: no values yet" in failure(capsys, root)
+
+
+def test_loggers_that_count_their_versions_by_themselves(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The second was added after the first run; the same values at about the same time are the same run."""
+    root = tmp_path / "runs"
+    first, second = {"train_loss": {9: 5.0, 19: 4.5}}, {"train_loss": {9: 4.0, 19: 3.5}}
+    written_at(write_loads(write_events(root / "tb" / "version_0", first), {20: [[9, 9]]}), 1000)
+    written_at(write_loads(write_events(root / "tb" / "version_1", second), {20: [[1, 2]]}), 9000)
+    written_at(write_csv(root / "csv" / "version_0", second), 9100)
+    for given in (root, root / "csv" / "version_0"):
+        page, err = report(capsys, given, "--output", tmp_path / "page.html")
+        assert "In steps 1 to 20 the busiest is expert 1" in words(page)
+        assert "tb/version_1" not in err.partition("For another")[2]
+    # A run that was repeated later, with the same values.
+    written_at(write_events(root / "tb" / "version_2", second), 99_000)
+    run = read_run(root)
+    assert run.folders == [root / "tb" / "version_2"]
+    assert len(run.others) == 3
 
 
 def test_of_several_heatmaps_in_one_place_the_newest_are_taken(tmp_path: Path) -> None:
@@ -128,6 +164,17 @@ def test_what_is_being_written_is_left_out(tmp_path: Path, capsys: pytest.Captur
     # A line after one that a kill has cut off, and lines of something else.
     jsonl.write_text(text[:60] + text + '[1]\n{"step": 3}\n{"step": 4, "layers": ["a"], "tokens_per_expert": [[]]}\n')
     assert [load.step for load in read_loads(jsonl)] == [20]
+    report(capsys, folder)
+
+
+def test_lines_that_are_damaged_are_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = write_loads(tmp_path, {10: [[1, 2]]})
+    (folder / "metrics.csv").write_text(f"loss,step\n1,10\n2,nan\n3,inf\n{'9' * 200_000},15\n2.5,20\n")
+    with (folder / "experts" / "load.jsonl").open("a") as file:
+        file.write('{"step": Infinity, "layers": ["a"], "tokens_per_expert": [[1]]}\n')
+        file.write('{"step": 20, "layers": ["a"], "tokens_per_expert": [[NaN]]}\n')
+    assert read_csv(folder / "metrics.csv")["loss"] == Series([10, 20], [1.0, 2.5])
+    assert [load.step for load in read_loads(folder / "experts" / "load.jsonl")] == [10]
     report(capsys, folder)
 
 

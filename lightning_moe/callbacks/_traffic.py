@@ -30,14 +30,30 @@ class StepTraffic:
         self.travels = any(layer.groups.ep_size > 1 for layer in layers)
         self.device = device
         self._began: Mark | None = None
+        self._spans: list[tuple[Mark, Mark]] = []  # of the step, up to each validation in the middle of it
         self._is_measured = False
 
     def begin(self) -> None:
         """Where the first micro-batch of a step begins; again in the others, where it does nothing."""
         if self._began is None and self.travels:
+            self._spans = []
             self._began = mark(self.device)
             for meter in self.meters:
                 meter.start()
+
+    def pause(self) -> None:
+        """Where a validation begins, which may be between the micro-batches of a step."""
+        if self._began is not None:
+            self._spans.append((self._began, mark(self.device)))
+            for meter in self.meters:
+                meter.pause()
+
+    def resume(self) -> None:
+        """Where it is over."""
+        if self._began is not None:
+            self._began = mark(self.device)
+            for meter in self.meters:
+                meter.resume()
 
     def end(self) -> Tensor:
         """Where the step is over: this rank's numbers in its place among those of all, [4 * W], to be summed.
@@ -49,7 +65,8 @@ class StepTraffic:
         numbers_W4 = torch.zeros(world, _NUMBERS, dtype=torch.float64)
         self._is_measured = self._began is not None  # not where one batch had several steps
         if self._began is not None:
-            seconds = seconds_between(self._began, mark(self.device))
+            spans = [*self._spans, (self._began, mark(self.device))]
+            seconds = sum(seconds_between(first, last) for first, last in spans)
             for meter in self.meters:
                 traffic = meter.stop()
                 numbers_W4[rank] += torch.tensor([traffic.sent_bytes, traffic.received_bytes, traffic.seconds, 0.0])

@@ -40,9 +40,10 @@ class RouterCollapseGuard(RoutingCallback):
     - ``warn``: a warning names layers, experts and what helps. It comes again only for further experts, and after
       a recovery, which is said, too.
     - ``raise_weight``: warns, and multiplies the load-balancing weight of :class:`AuxLossCallback` by ``factor``, again
-      each time ``patience`` further steps have brought no recovery, and never sooner. The weight stays raised to the
-      end of the run, also of one that is resumed with the guard.
-    - ``stop``: warns, and ends the training of all ranks after this step.
+      each time ``patience`` further steps have brought no recovery, and never sooner; warm-up and decay of weights go
+      on. The weight stays raised to the end of the run, also of one that is resumed with the guard.
+    - ``stop``: warns, and ends the training of all ranks after this step, or at the Trainer's ``min_steps`` and
+      ``min_epochs`` if those are later.
 
     ``moe/collapsed_layers`` is logged every ``log_every_n_steps``, and at the step at which ``stop`` ends the run: the
     number of layers that are collapsed, 0 where all is well. Of several guards it is the largest number.
@@ -192,8 +193,9 @@ class RouterCollapseGuard(RoutingCallback):
     @property
     @override
     def state_key(self) -> str:
-        """Guards of different bounds and actions can stand beside each other."""
-        return self._generate_state_key(min_load=self.min_load, min_entropy=self.min_entropy, action=self.action)
+        """Guards of different bounds, patience and actions can stand beside each other."""
+        names = "min_load", "min_entropy", "action", "patience", "check_every_n_steps"
+        return self._generate_state_key(**{name: getattr(self, name) for name in names})
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -222,7 +224,8 @@ class RouterCollapseGuard(RoutingCallback):
         self._last_check = trainer.global_step
         state, self._loaded = self._loaded, {}
         if state and self._aux_loss is not None:
-            self._raised = state["raised"]
+            # Of a weight that is larger in this config it may be too much.
+            self._raised = min(state["raised"], self.max_weight / self._aux_loss.load_balancing)
             self._aux_loss.scale_load_balancing(self._raised)
         if not state or torch.tensor(state["low_steps"]).shape != self._low_steps.shape:
             return  # a new run, or one that judges other layers now
@@ -289,7 +292,9 @@ class RouterCollapseGuard(RoutingCallback):
             weight = self._aux_loss.peak.load_balancing
             since = "" if self._last_raise is None else f" since step {self._last_raise}"
             most = ", and max_weight" if math.isclose(weight, self.max_weight) else ""
-            done = f"The load_balancing weight is {weight:g}{since}{most}."
+            changes = self._aux_loss.warmup_steps or self._aux_loss.decay != "none"
+            planned = ", before warm-up and decay," if changes else ""
+            done = f"The load_balancing weight{planned} is {weight:g}{since}{most}."
         shown = joined if joined.any() else collapsed
         lines = [self._describe(i, shown[i], values[i], steps) for i in shown.any(1).nonzero()[:, 0].tolist()]
         begun = step - int(self._low_steps[collapsed].max())

@@ -6,6 +6,7 @@ Shapes: T tokens, K experts per token, E experts, C classes of tokens, V ids tha
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -24,6 +25,7 @@ from lightning_moe.metrics.figures import OTHER_CLASS, class_figure, load_figure
 from lightning_moe.nn import Decision, MoE
 
 _FOLDER = "experts"
+_MAX_IDS = 10_000_000  # a table has an entry for each, up to the largest that is in a class
 
 
 class ExpertHeatmap(RoutingCallback):
@@ -202,8 +204,8 @@ def classes_by_id(token_classes: Literal["bytes"] | dict[str, list[int]]) -> tup
     Raises:
         ValueError: there is no class, one has no name of its own or no ids, or ids are negative or in two classes.
     """
-    classes = token_classes if isinstance(token_classes, dict) else {"bytes": _classes_of_bytes()}.get(token_classes)
-    if not classes:
+    classes = _classes_of_bytes() if token_classes == "bytes" else token_classes  # noqa: S105  # no password
+    if not classes or not isinstance(classes, dict):
         raise ValueError(
             f"token_classes={token_classes!r}: must be 'bytes', or have at least one class. Use "
             "{'digits': [48, 49, 50]}, for example."
@@ -211,12 +213,15 @@ def classes_by_id(token_classes: Literal["bytes"] | dict[str, list[int]]) -> tup
     class_of: dict[int, int] = {}
     names = list(classes)
     for index, (name, ids) in enumerate(classes.items()):
-        if name == OTHER_CLASS or not ids:
-            problem = "is the name of all ids that are in no class" if name == OTHER_CLASS else "has no ids"
+        if name == OTHER_CLASS or not isinstance(ids, Sequence) or not ids:
+            problem = "is the name of all ids that are in no class" if name == OTHER_CLASS else "has no list of ids"
             raise ValueError(f"token_classes: {name!r} {problem}. Leave it out.")
         for token_id in ids:
-            if isinstance(token_id, bool) or not isinstance(token_id, int) or token_id < 0:
-                raise ValueError(f"token_classes: {name!r} has {token_id!r}: must be a whole number of at least 0.")
+            whole = isinstance(token_id, int) and not isinstance(token_id, bool)
+            if not (whole and 0 <= token_id < _MAX_IDS):
+                raise ValueError(
+                    f"token_classes: {name!r} has {token_id!r}: must be whole numbers from 0 to below {_MAX_IDS:,}."
+                )
             if class_of.setdefault(token_id, index) != index:
                 raise ValueError(
                     f"token_classes: {token_id} is in {names[class_of[token_id]]!r} and in {name!r}. Leave it in one."

@@ -96,10 +96,17 @@ class ExpertLoadMonitor(RoutingCallback):
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.sanity_checking:
             return
+        if self._traffic is not None:
+            self._traffic.pause()
         layers = self.layers or moe_layers(pl_module)
         self._eval_counters = [(layer, RoutingCounter(layer, pl_module.device)) for layer in layers]
         for layer, counter in self._eval_counters:
             layer.tap.eval_watchers.append(counter)
+
+    @override
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if self._traffic is not None:
+            self._traffic.resume()
 
     @override
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

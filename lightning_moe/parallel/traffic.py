@@ -65,6 +65,14 @@ class TrafficMeter:
         self.is_on = True
         self._bytes, self._spans = [], []
 
+    def pause(self) -> None:
+        """Leaves out what comes until :meth:`resume`."""
+        self.is_on = False
+
+    def resume(self) -> None:
+        """Goes on counting."""
+        self.is_on = True
+
     def stop(self) -> Traffic:
         """What travelled since :meth:`start`. On CUDA the host waits for the device."""
         self.is_on = False

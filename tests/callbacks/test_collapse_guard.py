@@ -77,8 +77,8 @@ def test_raises_the_weight_in_time_and_again() -> None:
     )
     assert [logged["moe/collapsed_layers"] for logged in memory.metrics] == [0] * 8 + [2] * 19
     assert "(in brackets: in the last 3): 2 (0), 3 (0).\n" in heard.warned[1], "raised again: all that are low"
-    assert "The load_balancing weight is 0.3 since step 9." in heard.warned[0]
-    assert "The load_balancing weight is 2 since step 21, and max_weight." in heard.warned[2]
+    assert "The load_balancing weight, before warm-up and decay, is 0.3 since step 9." in heard.warned[0]
+    assert "The load_balancing weight, before warm-up and decay, is 2 since step 21, and max_weight." in heard.warned[2]
 
 
 # ---------------------------------------------------------------------------------- over ranks

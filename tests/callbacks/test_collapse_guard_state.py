@@ -156,3 +156,20 @@ def test_no_weight_to_raise(callbacks: list[L.Callback], message: str) -> None:
         if isinstance(callback, RouterCollapseGuard):
             callback.action = "warn"
     quiet(callbacks=[*callbacks, guard(min_load=0.3)], max_steps=1).fit(Toy(), in_order(ToyData(4)))
+
+
+def test_a_raised_weight_stays_within_the_maximum(tmp_path: Path) -> None:
+    """Also where a resumed run begins with a larger one."""
+    path = str(tmp_path / "raised.ckpt")
+
+    def fit(weight: float, steps: int, *callbacks: L.Callback, **options: Any) -> float:
+        aux = AuxLossCallback(weight, warmup_steps=100)
+        watch = guard(action="raise_weight", max_weight=0.05)
+        trainer = quiet(callbacks=[aux, watch, *callbacks], max_steps=steps)
+        trainer.fit(Steered(), batches([tokens(COLLAPSED)] * 40), **options)
+        return aux.peak.load_balancing
+
+    with Heard() as heard:
+        assert fit(0.01, 30, Step(lambda trainer: trainer.save_checkpoint(path), 30)) == pytest.approx(0.05)
+        assert fit(0.04, 35, ckpt_path=path) == pytest.approx(0.05)
+    assert "The load_balancing weight, before warm-up and decay, is 0.02 since step 6." in heard.warned[0]

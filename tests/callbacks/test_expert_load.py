@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from dataclasses import replace
 from typing import Any
 
@@ -251,6 +252,33 @@ def test_nothing_travels_with_all_experts_at_home(pool2: Any) -> None:
     (metrics, _), _ = pool2.run(traffic, "auto", 1, 2, 1)
     assert metrics
     assert not any("dispatch" in name for logged in metrics for name in logged)
+
+
+class SlowlyValidated(Side):
+    """Rank 0 waits for rank 1 in every batch of validation."""
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        time.sleep(0.4 * rank())
+        super().validation_step(batch, batch_idx)
+
+
+def with_validation(every: int) -> list[dict[str, float]]:
+    memory = Memory()
+    trainer = parallel(2, 2, callbacks=[ExpertLoadMonitor(prog_bar=False)], logger=memory, log_every_n_steps=1,
+                       max_steps=2, accumulate_grad_batches=4, val_check_interval=every)  # fmt: skip
+    trainer.fit(SlowlyValidated(), in_order(uneven(rank(), 8)), in_order(val_data(rank())))
+    return [{name: value for name, value in logged.items() if "dispatch" in name} for logged in memory.metrics]
+
+
+def test_a_validation_amid_a_step_is_left_out(pool2: Any) -> None:
+    """After 2 and 6 of the 8 micro-batches of 2 steps, or after all."""
+    (amid, _), (after, _) = pool2.run(with_validation, 2), pool2.run(with_validation, 8)
+    amid, after = ([logged for logged in metrics if logged] for metrics in (amid, after))
+    assert len(amid) == len(after) == 2
+    for one, other in zip(amid, after, strict=True):
+        for name in ("moe/dispatch_bytes", "moe/dispatch_bytes_received"):
+            assert one[name] == other[name]
+        assert one["moe/dispatch_seconds_slowest"] < 0.3
 
 
 # ----------------------------------------------------------------------- what it costs

@@ -6,6 +6,7 @@ import csv
 import importlib.util
 import json
 import logging
+import math
 import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -20,8 +21,9 @@ LOAD_FILE = "load.jsonl"
 CLASSES_FILE = "classes.jsonl"
 
 _NOT_METRICS = ("step", "epoch", "hp_metric")
-_VALIDATION = re.compile(r"val(?:id(?:ation)?)?(?:[/_.-]|$)", re.I)  # val_loss, val_moe/load_imbalance, valid/loss
-_TEST = re.compile(r"test(?:[/_.-]|$)", re.I)
+# val_loss, val_moe/load_imbalance, valid/loss; ThroughputMonitor's validate/time
+_VALIDATION = re.compile(r"(?:val(?:id(?:at(?:e|ion))?)?|sanity_check)(?:[/_.-]|$)", re.I)
+_TEST = re.compile(r"(?:test|predict)(?:[/_.-]|$)", re.I)
 _Line = TypeVar("_Line", "Load", "Classes")
 
 
@@ -129,7 +131,7 @@ def read_csv(path: Path) -> dict[str, Series]:
     A line without an end is still being written, and left out.
     """
     whole_lines = _settled_text(path).replace("\0", "").rpartition("\n")[0].splitlines()
-    rows = csv.reader(whole_lines)
+    rows = csv.reader(line for line in whole_lines if len(line) <= csv.field_size_limit())
     names = next(rows, [])
     points: dict[str, list[tuple[int, float]]] = {}
     if "step" not in names:
@@ -137,7 +139,7 @@ def read_csv(path: Path) -> dict[str, Series]:
     for row in rows:
         cells = dict(zip(names, row, strict=False))
         step = _number(cells["step"]) if len(row) == len(names) else None
-        if step is None:
+        if step is None or not math.isfinite(step):
             continue
         for name, cell in cells.items():
             value = None if name in _NOT_METRICS else _number(cell)
@@ -226,7 +228,7 @@ def _lines(path: Path, parse: Callable[[Any], _Line]) -> Iterator[_Line]:
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             parsed.append(parse(json.loads(line)))
-        except (ValueError, KeyError, TypeError, IndexError):
+        except (ValueError, KeyError, TypeError, IndexError, OverflowError):
             continue
     yield from _latest(parsed, lambda entry: entry.step)
 

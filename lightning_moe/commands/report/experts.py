@@ -35,7 +35,8 @@ def latest_interval(loads: Sequence[Load]) -> Load:
     spans = [load.step - load.first_step + 1 for load in loads if load.first_step is not None]
     for load in reversed(loads[:-1]):
         enough = latest.step - (latest.first_step or 0) + 1 >= max(spans)
-        if enough or load.first_step is None or _sizes(load) != _sizes(latest):
+        follows = load.first_step is not None and load.step + 1 == latest.first_step
+        if enough or not follows or _sizes(load) != _sizes(latest):
             break
         pairs = zip(load.tokens_per_expert, latest.tokens_per_expert, strict=True)
         summed = [[a + b for a, b in zip(*pair, strict=True)] for pair in pairs]
@@ -74,7 +75,12 @@ def expert_section(run: Run) -> Section:
     for i, load in enumerate(shown):
         hidden = "" if i == last else " hidden"
         section.parts.append(partial(_load_image, load, hidden))
-    section.parts += ["</div>", _in_words(latest), "<h3>Load over time</h3>", *_over_time(run.loads)]
+    section.parts += [
+        "</div>",
+        _in_words(latest_interval(run.loads)),
+        "<h3>Load over time</h3>",
+        *_over_time(run.loads),
+    ]
     return section
 
 

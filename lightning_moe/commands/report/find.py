@@ -29,6 +29,7 @@ from lightning_moe.commands.report.data import (
     united,
 )
 
+_TOGETHER = 600.0  # seconds: what the loggers of one run wrote last may be as far apart
 _VERSION = re.compile(r"version_\d+")  # how Lightning's loggers name the folders of runs
 _TOLERANCE = 1e-4  # event files have 32 bits of a number
 
@@ -91,6 +92,9 @@ def read_run(given: Path) -> Run:
         )
     newest, scalars = _newest_that_trained([given] if given in readable else readable)
     run = Run(given, [newest], [], scalars, last_written(newest))
+    newer = readable[: readable.index(newest)] if newest != given else []
+    if empty := [folder for folder in newer if folder.name != newest.name and not read_scalars(folder)]:
+        run.notes.append(f"Newer, but without any value yet: {', '.join(map(str, empty))}.")
     if readable != folders:
         run.notes.append(
             "TensorBoard's event files were left out, because tensorboard is not installed. To read them, run: "
@@ -112,17 +116,14 @@ def read_run(given: Path) -> Run:
 
 
 def _newest_that_trained(newest_first: Sequence[Path]) -> tuple[Path, Scalars]:
-    """The first folder that has more than what ``validate`` and ``test`` log, and its metrics; else the very first.
-
-    One that is still empty may have just begun to train.
-    """
-    evaluated: list[tuple[Path, Scalars]] = []
+    """The first folder that has more than what evaluation logs, and its metrics; else one that has anything."""
+    others: list[tuple[Path, Scalars]] = []
     for folder in newest_first:
         scalars = read_scalars(folder)
-        if not scalars or not all(is_of_validation(name) or is_of_test(name) for name in scalars):
+        if not all(is_of_validation(name) or is_of_test(name) for name in scalars):
             return folder, scalars
-        evaluated.append((folder, scalars))
-    return evaluated[0]
+        others.append((folder, scalars))
+    return next((other for other in others if other[1]), others[0])
 
 
 def _run_folders(root: Path) -> Iterator[Path]:
@@ -141,11 +142,17 @@ def _age(folder: Path) -> tuple[float, list[int], str]:
 
 
 def _namesakes(given: Path) -> list[Path]:
-    """Of ``.../csv/version_1``, ``.../tensorboard/version_1``."""
+    """Of ``.../csv/version_1``, ``.../tensorboard/version_1``, and other versions of about the same time."""
     here = given.resolve()
     if not _VERSION.fullmatch(here.name) or not _has_metrics(here):
         return []
-    beside = sorted(path for path in here.parent.parent.glob(f"*/{here.name}") if path != here and _has_metrics(path))
+    beside = [
+        path
+        for path in sorted(here.parent.parent.glob("*/version_*"), key=_age, reverse=True)
+        if path.parent != here.parent
+        and _has_metrics(path)
+        and (path.name == here.name or abs(last_written(path) - last_written(here)) < _TOGETHER)
+    ]
     return [Path(os.path.relpath(path)) if not given.is_absolute() else path for path in beside]
 
 
@@ -157,11 +164,11 @@ def _join_same_run(run: Run, candidates: Sequence[Path]) -> None:
     newest = run.folders[0]
     chosen = newest == run.given  # by the user: what is to join it needs a proof, a value that both have
     for folder in candidates:
-        agrees: bool | None = False
-        if folder.name == newest.name or chosen:
+        same_name = folder.name == newest.name
+        if same_name or chosen or _may_be_of(run, folder):
             scalars = read_scalars(folder)
             agrees = _agree(run.scalars, scalars)
-            if agrees or (agrees is None and not chosen):
+            if agrees or (agrees is None and same_name and not chosen):
                 # What is newer wins; of the same values, those that are not rounded.
                 exact_first = (folder / METRICS_FILE).is_file() and not (newest / METRICS_FILE).is_file()
                 pair = (run.scalars, scalars) if exact_first else (scalars, run.scalars)
@@ -171,6 +178,12 @@ def _join_same_run(run: Run, candidates: Sequence[Path]) -> None:
                 continue
         if run.given in (folder, *folder.parents):
             run.others.append(folder)
+
+
+def _may_be_of(run: Run, folder: Path) -> bool:
+    """By another logger, whose versions are counted by themselves, and which wrote at about the same time."""
+    is_near = abs(last_written(folder) - last_written(run.folders[0])) < _TOGETHER
+    return is_near and folder.parent not in {other.parent for other in run.folders}
 
 
 def _agree(scalars: Scalars, others: Scalars) -> bool | None:

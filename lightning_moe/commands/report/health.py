@@ -112,6 +112,8 @@ def _entropy(value: float) -> tuple[str, str]:
 def _dead(run: Run) -> list[Tile]:
     if run.loads:
         latest = latest_interval(run.loads)
+        if not any(map(sum, latest.tokens_per_expert)):
+            return []
         dead = sum(map(len, dead_experts(latest).values()))
         total = sum(map(len, latest.tokens_per_expert))
         state, verdict = (BAD, "bad: wasted") if dead else (GOOD, "good: none")

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 from datetime import datetime
 from html import escape
 
+from lightning_moe.commands.report.data import is_of_test, is_of_validation
 from lightning_moe.commands.report.find import Run
 from lightning_moe.commands.report.health import Tile, tiles
 from lightning_moe.commands.report.parts import Part, Section
@@ -118,7 +119,9 @@ def _anchor(section: Section) -> str:
 
 
 def _head(run: Run, now: float, shown: Sequence[Section]) -> str:
-    last = max(series.steps[-1] for series in run.scalars.values())
+    # Evaluation may be logged by its own batches.
+    trained = [series for name, series in run.scalars.items() if not (is_of_validation(name) or is_of_test(name))]
+    last = max(series.steps[-1] for series in trained or run.scalars.values())
     found = re.search(r"^  max_steps: (\d+)\s*$", run.config[1], re.M) if run.config else None
     planned = int(found[1]) if found else 0
     rows = [
