@@ -146,8 +146,8 @@ class RouterCollapseGuard(RoutingCallback):
             problem = "there is none" if found is None else "its weight is 0"
             raise MisconfigurationException(
                 f"action='raise_weight': multiplies the load_balancing weight of AuxLossCallback, and {problem}. Add "
-                "AuxLossCallback(load_balancing=0.01) to the Trainer's callbacks, with the command "
-                "--aux_loss.load_balancing=0.01, or use action='warn'."
+                "AuxLossCallback(load_balancing=0.01) to the Trainer's callbacks, or --aux_loss.load_balancing=0.01 to "
+                "the command, or use action='warn'."
             )
         if found.load_balancing >= self.max_weight:
             raise MisconfigurationException(
@@ -299,7 +299,10 @@ class RouterCollapseGuard(RoutingCallback):
         lines = [self._describe(i, shown[i], values[i], steps) for i in shown.any(1).nonzero()[:, 0].tolist()]
         begun = step - int(self._low_steps[collapsed].max())
         helps = [
-            "larger weights of AuxLossCallback (load_balancing and router_z, of the command --aux_loss)",
+            (
+                "larger weights of AuxLossCallback (load_balancing, router_z; of the command --aux_loss.load_balancing and "
+                "so on)"
+            ),
             "a lower learning rate",
         ]
         if begun > 0:

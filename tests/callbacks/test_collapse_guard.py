@@ -227,8 +227,8 @@ def test_message() -> None:
         "RouterCollapseGuard, step 9: routers have collapsed.\n"
         "  layer_01 (blocks.1): of 4 experts these have had less than min_load=0.1 of the mean load for 6 steps "
         "(in brackets: in the last 3): 0 (0.0625), 1 (0.0625).\n"
-        "Nothing is done about it. What helps: larger weights of AuxLossCallback (load_balancing and router_z, of the "
-        "command --aux_loss), a lower learning rate, a checkpoint of step 3 or before; see docs/monitoring.md."
+        "Nothing is done about it. What helps: larger weights of AuxLossCallback (load_balancing, router_z; of the "
+        "command --aux_loss.load_balancing and so on), a lower learning rate, a checkpoint of step 3 or before; see docs/monitoring.md."
     )
 
 

@@ -131,7 +131,8 @@ def read_csv(path: Path) -> dict[str, Series]:
     A line without an end is still being written, and left out.
     """
     whole_lines = _settled_text(path).replace("\0", "").rpartition("\n")[0].splitlines()
-    rows = csv.reader(line for line in whole_lines if len(line) <= csv.field_size_limit())
+    most = csv.field_size_limit()
+    rows = csv.reader(line for line in whole_lines if len(line) <= most or max(map(len, line.split(","))) <= most)
     names = next(rows, [])
     points: dict[str, list[tuple[int, float]]] = {}
     if "step" not in names:
