@@ -298,13 +298,8 @@ class RouterCollapseGuard(RoutingCallback):
         shown = joined if joined.any() else collapsed
         lines = [self._describe(i, shown[i], values[i], steps) for i in shown.any(1).nonzero()[:, 0].tolist()]
         begun = step - int(self._low_steps[collapsed].max())
-        helps = [
-            (
-                "larger weights of AuxLossCallback (load_balancing, router_z; of the command --aux_loss.load_balancing and "
-                "so on)"
-            ),
-            "a lower learning rate",
-        ]
+        weights = "load_balancing, router_z; of the command --aux_loss.load_balancing and so on"
+        helps = [f"larger weights of AuxLossCallback ({weights})", "a lower learning rate"]
         if begun > 0:
             helps.append(f"a checkpoint of step {begun} or before")
         rank_zero_warn(
