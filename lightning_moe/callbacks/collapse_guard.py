@@ -246,7 +246,7 @@ class RouterCollapseGuard(RoutingCallback):
         if self._watched and steps >= self.check_every_n_steps:
             self._check(trainer, steps)
         callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]  # set by a connector
-        guards = [callback for callback in callbacks if isinstance(callback, RouterCollapseGuard)]
+        guards = [callback for callback in callbacks if isinstance(callback, RouterCollapseGuard)] or [self]
         if self is guards[-1] and (is_logging_step(trainer) or trainer.should_stop):
             pl_module.log("moe/collapsed_layers", float(max(guard._collapsed_layers for guard in guards)))
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 from itertools import cycle, islice
 from typing import Any
 
+import lightning as L
 import pytest
 import torch
 from torch import Tensor
@@ -207,6 +208,22 @@ def test_guards_of_different_bounds_beside_each_other(patient_first: bool) -> No
     assert steps_of(heard.warned) == [6, 12]
     assert trainer.global_step == 12
     assert memory.metrics == [{"moe/collapsed_layers": n} for n in (0, 1, 1)]
+
+
+def test_within_another_callback() -> None:
+    """That the Trainer does not know of."""
+
+    class Around(L.Callback):
+        def __init__(self, inner: L.Callback) -> None:
+            for hook in ("setup", "on_fit_start", "on_train_start", "on_train_batch_end", "on_fit_end"):
+                setattr(self, hook, getattr(inner, hook))
+
+    memory = Memory()
+    with Heard() as heard:
+        trainer = quiet(callbacks=[Around(guard())], max_epochs=1, logger=memory, log_every_n_steps=5)
+        trainer.fit(Steered(), batches([tokens(COLLAPSED)] * 10))
+    assert steps_of(heard.warned) == [6]
+    assert memory.metrics == [{"moe/collapsed_layers": n} for n in (0, 1)]
 
 
 def test_the_loggers_are_told() -> None:
