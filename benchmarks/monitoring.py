@@ -1,8 +1,8 @@
 """What watching the experts costs: the quickstart with callbacks against without, in pairs within one run.
 
-One training of the quickstart's model on its data, 2 CPU ranks, with its loggers. In turn, for as many steps each, it
-is watched by nobody, by `ExpertLoadMonitor` at its defaults, by one with `per_layer=True` and `ExpertHeatmap` every
-50 steps, and by all callbacks that watch. A pair is a block and the unwatched one right before it. Some minutes:
+One training of the quickstart's model on its data, 2 CPU ranks, with its loggers. It is watched by `ExpertLoadMonitor`
+at its defaults, by one with `per_layer=True` and `ExpertHeatmap` every 50 steps, by all callbacks that watch, and, to
+see the noise, by nobody: block by block, in each of which watched and unwatched steps take turns. About ten minutes:
 
     python benchmarks/monitoring.py
 """
@@ -29,12 +29,16 @@ from lightning_moe.cli import MoECLI
 from lightning_moe.testing import RankPool
 
 ROOT = Path(__file__).resolve().parent.parent
-ALONE, DEFAULTS, LAYERS, ALL = "nobody", "ExpertLoadMonitor", "per layer, ExpertHeatmap every 50 steps", "all"
+NOBODY, DEFAULTS, LAYERS, ALL = "nobody", "ExpertLoadMonitor", "per layer, ExpertHeatmap every 50 steps", "all"
 LIMITS = {DEFAULTS: 0.02, LAYERS: 0.05}
+LOG_EVERY = 10
+PATTERN = (0, 1, 1, 0, 0, 1, 1, 0, 0, 1)
+"""Which slices of a block are watched, each from one logging step to the next. The last: a block has one figure."""
 
 
 def watchers() -> dict[str, list[L.Callback]]:
     return {
+        NOBODY: [],
         DEFAULTS: [ExpertLoadMonitor()],
         LAYERS: [ExpertLoadMonitor(per_layer=True), ExpertHeatmap(every_n_steps=50)],
         ALL: [
@@ -46,24 +50,26 @@ def watchers() -> dict[str, list[L.Callback]]:
 
 
 class Blocks(L.Callback):
-    """Lets the callbacks watch block by block, and takes the time of each.
+    """Lets the callbacks watch slice by slice, and takes the time of each slice, loggers included.
+
+    A block is of one set of callbacks: slices without and with them in the order of `PATTERN`, so that neither a slow
+    spell of the machine nor a drift falls on one side. In a block each has as many steps and as many logging steps.
 
     Attributes:
-        seconds: Of every block of each set of callbacks.
-        before: Of the unwatched block before it.
+        pairs: Seconds of each block of each set, without and with its callbacks; those of the first round are left out.
     """
 
-    def __init__(self, steps: int) -> None:
-        self.steps = steps
+    def __init__(self, every_n_steps: int) -> None:
+        self.every_n_steps = every_n_steps
         self.sets = watchers()
-        self.seconds: dict[str, list[float]] = {name: [] for name in self.sets}
-        self.before: dict[str, list[float]] = {name: [] for name in self.sets}
-        self._order = [block for name in self.sets for block in (ALONE, name)]
-        self._alone = self._start = 0.0
+        self.pairs: dict[str, list[tuple[float, float]]] = {name: [] for name in self.sets}
+        self._watching: list[L.Callback] = []
+        self._seconds = [0.0, 0.0]
+        self._start = 0.0
 
-    def _block(self, step: int) -> tuple[str, list[L.Callback]]:
-        name = self._order[step // self.steps % len(self._order)]
-        return name, self.sets.get(name, [])
+    @property
+    def steps_of_a_round(self) -> int:
+        return len(self.sets) * len(PATTERN) * self.every_n_steps
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         for callbacks in self.sets.values():
@@ -71,43 +77,45 @@ class Blocks(L.Callback):
                 callback.setup(trainer, pl_module, stage)
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
-        step = trainer.global_step
-        _, callbacks = self._block(step)
-        if step % self.steps == 0:
-            self._start = time.perf_counter()
-            for callback in callbacks:
-                callback.on_fit_start(trainer, pl_module)
-                callback.on_train_start(trainer, pl_module)
-        for callback in callbacks:
+        if trainer.global_step % self.every_n_steps == 0:
+            self._next_slice(trainer, pl_module)
+        for callback in self._watching:
             callback.on_train_batch_start(trainer, pl_module, *args)
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
-        step = trainer.global_step
-        name, callbacks = self._block(step - 1)
-        for callback in callbacks:
+        for callback in self._watching:
             callback.on_train_batch_end(trainer, pl_module, *args)
-        if step % self.steps:
-            return
-        for callback in callbacks:
-            callback.on_train_end(trainer, pl_module)
+
+    def _next_slice(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        trainer.strategy.barrier()
+        index = trainer.global_step // self.every_n_steps
+        self._seconds[PATTERN[index % len(PATTERN) - 1]] += time.perf_counter() - self._start
+        for callback in self._watching:
             callback.on_fit_end(trainer, pl_module)
-        seconds = time.perf_counter() - self._start
-        if name == ALONE:
-            self._alone = seconds
-        elif step > 2 * self.steps * len(self.sets):  # the first round warms up
-            self.seconds[name].append(seconds)
-            self.before[name].append(self._alone)
+        names = list(self.sets)
+        number, place = divmod(index, len(PATTERN))
+        if place == 0:
+            if number > len(names):  # the first round warms up
+                self.pairs[names[(number - 1) % len(names)]].append((self._seconds[0], self._seconds[1]))
+            self._seconds = [0.0, 0.0]
+        self._watching = self.sets[names[number % len(names)]] if PATTERN[place] else []
+        for callback in self._watching:
+            callback.on_fit_start(trainer, pl_module)
+            callback.on_train_start(trainer, pl_module)
+        trainer.strategy.barrier()
+        self._start = time.perf_counter()
 
 
-def train(steps: int, rounds: int, folder: str) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
+def train(rounds: int, folder: str) -> dict[str, list[tuple[float, float]]]:
     warnings.filterwarnings("ignore")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    blocks = Blocks(steps)
+    blocks = Blocks(LOG_EVERY)
     cli = MoECLI(
         args=[
             f"--config={ROOT / 'configs' / 'quickstart.yaml'}",
             "--trainer.callbacks=null",
-            f"--trainer.max_steps={2 * len(blocks.sets) * steps * (rounds + 1)}",
+            f"--trainer.log_every_n_steps={LOG_EVERY}",
+            f"--trainer.max_steps={blocks.steps_of_a_round * (rounds + 1) + 1}",  # the last begins a slice: it ends one
             "--trainer.limit_val_batches=0",
             "--trainer.val_check_interval=null",
             "--trainer.enable_checkpointing=false",
@@ -120,7 +128,7 @@ def train(steps: int, rounds: int, folder: str) -> tuple[dict[str, list[float]],
     )
     cli.trainer.callbacks.append(blocks)
     cli.trainer.fit(cli.model, cli.datamodule)
-    return blocks.seconds, blocks.before
+    return blocks.pairs
 
 
 def _loggers(folder: str) -> list[str]:
@@ -133,25 +141,24 @@ def _loggers(folder: str) -> list[str]:
 
 def main(args: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=50, help="optimizer steps of a block (50)")
-    parser.add_argument("--rounds", type=int, default=11, help="blocks of each, beside one to warm up (11)")
+    parser.add_argument("--rounds", type=int, default=15, help="blocks of each set, beside one to warm up (15)")
     options = parser.parse_args(args)
-    if options.steps % 50:
-        parser.error(f"--steps {options.steps}: must be a multiple of 50, for as many figures in every block. Use 50.")
+    if options.rounds < 2:
+        parser.error(f"--rounds {options.rounds}: must be at least 2, for quartiles. Use 15.")
     show(header(torch.device("cpu")))
-    progress("training, some minutes")
+    progress("training, about ten minutes")
     with tempfile.TemporaryDirectory() as folder, RankPool(2) as pool:
-        watched, before = pool.run(train, options.steps, options.rounds, folder, timeout=3600)[0]
+        pairs = pool.run(train, options.rounds, folder, timeout=600 * options.rounds)[0]
     rows, problems = [], []
-    for name, seconds in watched.items():
-        ratios = [mine / alone for mine, alone in zip(seconds, before[name], strict=True)]
+    steps = sum(PATTERN) * LOG_EVERY
+    for name, seconds in pairs.items():
+        ratios = [watched / alone for alone, watched in seconds]
         low, median, high = statistics.quantiles(ratios, n=4, method="inclusive")
-        steps = statistics.median(before[name]), statistics.median(seconds)
         limit = LIMITS.get(name)
         rows.append(
             [
                 name,
-                *(f"{1e3 * block / options.steps:.2f}" for block in steps),
+                *(f"{1e3 * statistics.median(side) / steps:.2f}" for side in zip(*seconds, strict=True)),
                 f"{100 * (median - 1):+.1f} %",
                 f"{100 * (low - 1):+.1f} to {100 * (high - 1):+.1f} %",
                 "" if limit is None else f"{100 * limit:.0f} %",
@@ -160,7 +167,10 @@ def main(args: Sequence[str]) -> int:
         if limit is not None and median - 1 > limit:
             problems.append(f"{name}: {100 * (median - 1):.1f} % of the step time, more than {100 * limit:.0f} %")
     show(table(["watched by", "ms a step alone", "watched", "overhead", "quartiles", "limit"], rows))
-    show(f"Medians of {options.rounds} pairs of blocks of {options.steps} steps; 2 ranks, one thread each.")
+    show(
+        f"Medians of {options.rounds} blocks with {steps} steps of each kind, in turn by {LOG_EVERY}; 2 ranks, one "
+        "thread each. What nobody seems to cost is the noise."
+    )
     return report(problems)
 
 
