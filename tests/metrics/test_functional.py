@@ -62,7 +62,7 @@ def test_one_expert_is_certain_and_even() -> None:
 
 def test_padding_may_hold_anything() -> None:
     probs = torch.tensor([[0.5, 0.5], [float("nan"), float("inf")]])
-    assert F.router_entropy(probs, torch.tensor([True, False])) == 1
+    assert F.router_entropy(probs, torch.tensor([True, False])) == pytest.approx(1, rel=1e-6)  # in fp32
     assert F.router_entropy(probs, torch.tensor([False, False])) == 1  # nobody is there
 
 
