@@ -12,9 +12,8 @@ from __future__ import annotations
 import csv
 import json
 import os
-import struct
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from lightning.pytorch.loggers import CSVLogger, Logger, MLFlowLogger, TensorBoa
 
 from lightning_moe import AuxLossCallback, ExpertLoadMonitor
 from tests.callbacks.runs import Memory, Side, in_order, quiet, uneven
+from tests.callbacks.wandb_file import history
 
 Values = dict[int, dict[str, float]]
 """By step and name."""
@@ -73,40 +73,19 @@ def wandb(folder: Path) -> tuple[Logger, Callable[[], Values]]:
     logger = WandbLogger(save_dir=folder, offline=True)
 
     def read() -> Values:
-        from wandb.proto.wandb_internal_pb2 import Record
+        from wandb import finish, teardown
 
-        logger.experiment.finish()
+        finish()
+        teardown()  # until then the file may be without what was written last
         (path,) = folder.glob("wandb/offline-run-*/*.wandb")
         found: Values = {}
-        for data in _records(path.read_bytes()):
-            record, row = Record(), {}
-            record.ParseFromString(data)
-            for item in record.history.item:
-                kind = item.WhichOneof("value") if item.DESCRIPTOR.oneofs else None
-                value = getattr(item, kind) if kind in ("number", "integer") else json.loads(item.value_json or "null")
-                row["/".join(item.nested_key) or item.key] = value
-            if "trainer/global_step" in row:
-                step = int(row.pop("trainer/global_step"))
-                found.setdefault(step, {}).update({k: v for k, v in row.items() if not k.startswith("_")})
+        for entry in history(path):
+            if "trainer/global_step" in entry:
+                values = {name: value for name, value in entry.items() if not name.startswith(("_", "trainer/"))}
+                found.setdefault(entry["trainer/global_step"], {}).update(values)
         return found
 
     return logger, read
-
-
-def _records(data: bytes) -> Iterator[bytes]:
-    """Of a file in LevelDB's log format: blocks of 32 KiB, in which records may be in parts, behind 7 bytes of W&B."""
-    at, record = 7, b""
-    while at + 7 <= len(data):
-        left = 2**15 - at % 2**15
-        if left < 7:
-            at += left
-            continue
-        length, part = struct.unpack_from("<HB", data, at + 4)
-        record += data[at + 7 : at + 7 + length]
-        at += 7 + length
-        if part in (1, 4):  # whole, or the last part
-            yield record
-            record = b""
 
 
 def mlflow(folder: Path) -> tuple[Logger, Callable[[], Values]]:

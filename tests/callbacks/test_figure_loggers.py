@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import re
-import struct
 import sys
 import warnings
-from collections.abc import Iterator
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -22,6 +19,7 @@ from lightning.pytorch.loggers import CSVLogger, Logger, MLFlowLogger, TensorBoa
 from lightning_moe.callbacks import _figures
 from lightning_moe.callbacks.expert_heatmap import ExpertHeatmap
 from tests.callbacks.runs import in_order, parallel, quiet, rank, uneven
+from tests.callbacks.wandb_file import history
 from tests.toy import Toy, ToyData
 
 pytest.importorskip("matplotlib")
@@ -111,36 +109,6 @@ def test_writer_of_tensorboardx(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 # -------------------------------------------------------------------------------------------- W&B
-
-
-def records(path: Path) -> Iterator[bytes]:
-    """Of a run's file: LevelDB's log format, blocks of 32 KiB, behind a header of 7 bytes."""
-    data, at, whole = path.read_bytes(), 7, b""
-    assert data.startswith(b":W&B")
-    while at + 7 <= len(data):
-        left = 2**15 - at % 2**15
-        if left < 7:
-            at += left
-            continue
-        length, kind = struct.unpack("<HB", data[at + 4 : at + 7])
-        whole += data[at + 7 : at + 7 + length]
-        at += 7 + length
-        if kind in (1, 4):  # the whole of a record, or its end
-            yield whole
-            whole = b""
-
-
-def history(path: Path) -> list[dict[str, Any]]:
-    """What was logged, one dict a call."""
-    from wandb.proto.wandb_internal_pb2 import Record
-
-    entries = []
-    for raw in records(path):
-        record = Record.FromString(raw)
-        if record.WhichOneof("record_type") == "history":
-            items = record.history.item
-            entries.append({".".join(item.nested_key) or item.key: json.loads(item.value_json) for item in items})
-    return entries
 
 
 def test_wandb_offline(tmp_path: Path) -> None:
