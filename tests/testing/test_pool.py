@@ -345,7 +345,8 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.parametrize("how", ["hang", pytest.param("end", marks=pytest.mark.grid)])
+@pytest.mark.grid
+@pytest.mark.parametrize("how", ["hang", "end"])
 def test_ranks_end_with_their_parent(tmp_path: Path, project_root: Path, how: str) -> None:
     script = tmp_path / "owner.py"
     script.write_text(_OWNER)
