@@ -113,10 +113,22 @@ def test_folders_of_one_name_with_other_values_are_other_runs(tmp_path: Path) ->
     assert beside.folders == [root / "a" / "version_0"]
 
 
-def test_folders_of_one_name_without_common_values_are_one_run(tmp_path: Path) -> None:
+def test_folders_of_one_name_are_one_run_where_they_share_values(tmp_path: Path) -> None:
     write_csv(tmp_path / "csv" / "version_3")
-    write_events(tmp_path / "tensorboard" / "version_3", {"moe/load_imbalance": {10: 1.5}})
+    write_events(tmp_path / "tensorboard" / "version_3", {**LOSS, "moe/load_imbalance": {10: 1.5}})
     assert set(read_run(tmp_path).scalars) == {"train_loss", "moe/load_imbalance"}
+
+
+def test_folders_of_one_name_without_common_steps_are_other_runs(tmp_path: Path) -> None:
+    """They contradict nowhere, since they logged at other steps, or other metrics."""
+    written_at(write_csv(tmp_path / "a" / "version_0", {"train_loss": {3: 3.0, 7: 2.0}}), 1000)
+    written_at(write_csv(tmp_path / "b" / "version_0", {"train_loss": {8: 9.0, 17: 99.0}}), 1010)
+    written_at(write_csv(tmp_path / "validate" / "version_0", {"val_loss": {0: 2.5}}), 1020)
+    written_at(write_csv(tmp_path / "empty" / "version_0", {}), 1030)
+    run = read_run(tmp_path)
+    assert run.scalars == {"train_loss": Series([8, 17], [9.0, 99.0])}
+    assert run.others == [tmp_path / "validate" / "version_0", tmp_path / "a" / "version_0"]
+    assert any(note.startswith("There are several runs") for note in run.notes)
 
 
 def test_figures_and_config_above_the_loggers_folder_are_found(tmp_path: Path) -> None:

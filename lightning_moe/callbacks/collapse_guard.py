@@ -231,6 +231,9 @@ class RouterCollapseGuard(RoutingCallback):
             return  # a new run, or one that judges other layers now
         self._low_steps = torch.tensor(state["low_steps"])
         self._reported = torch.tensor(state["reported"])
+        if self.action == "stop" and self._reported.any():  # resumed all the same: it has its patience again
+            self._low_steps.zero_()
+            self._reported.zero_()
         self._collapsed_layers = int(self._reported.any(1).sum())
         self._last_check, self._last_raise = state["last_check"], state["last_raise"]
         if trainer.is_global_zero:  # the sum over ranks, whichever they are now
@@ -286,7 +289,7 @@ class RouterCollapseGuard(RoutingCallback):
             done = "Nothing is done about it."
         elif self.action == "stop":
             trainer.should_stop = True
-            done = "Training stops."
+            done = "Training stops" + _not_before(trainer)
         else:
             assert self._aux_loss is not None
             weight = self._aux_loss.peak.load_balancing
@@ -306,9 +309,6 @@ class RouterCollapseGuard(RoutingCallback):
             "\n  ".join([f"RouterCollapseGuard, step {step}: routers have collapsed.", *lines])
             + f"\n{done} What helps: {', '.join(helps)}; see docs/monitoring.md."
         )
-        if self.action == "stop":  # a run that is resumed all the same has its patience again
-            self._low_steps.zero_()
-            self._reported = torch.zeros_like(collapsed)
 
     def _raise_weight(self, step: int) -> bool:
         """Raises the weight if it is time, and there is room up to the largest."""
@@ -341,6 +341,14 @@ class RouterCollapseGuard(RoutingCallback):
                 f"{int(self._low_steps[index, -1])}"
             )
         return f"{self._names[index]}: {'; '.join(parts)}."
+
+
+def _not_before(trainer: L.Trainer) -> str:
+    """What Lightning waits for before it stops."""
+    limits = {"min_steps": trainer.min_steps, "min_epochs": trainer.min_epochs}
+    reached = {"min_steps": trainer.global_step, "min_epochs": trainer.current_epoch}
+    open_ones = [f"{name}={least}" for name, least in limits.items() if least and reached[name] < least]
+    return f", not before {' and '.join(open_ones)}." if open_ones else "."
 
 
 def _span(steps: Tensor) -> str:

@@ -98,36 +98,70 @@ class RoutingMetric(Metric):
                 "metrics of a collection one by one."
             )
 
-    def _check(self, layer: int, topk_ids_TK: Tensor, **others: Tensor | None) -> None:
-        """Whether an update fits this metric.
+    def _check(self, layer: int, **given: Tensor | None) -> None:
+        """Whether an update fits this metric; on the CPU its values, too, for which one would wait on CUDA.
 
         Args:
             layer: Its index.
-            topk_ids_TK: Two-dimensional.
-            others: By name; the last letters say of what shape.
+            given: By name, whose last letters say of what shape; the first has two dimensions, and the others' are as
+                its own.
 
         Raises:
             ValueError: something does not fit.
         """
         if not 0 <= layer < self.num_layers:
             raise ValueError(
-                f"layer={layer}: {type(self).__name__} was made for {self.num_layers} layers, counted from 0. Give the "
-                "number of MoE layers as num_layers."
+                f"layer={layer}: {type(self).__name__} was made for {self.num_layers} layer"
+                f"{'s' * (self.num_layers > 1)}, counted from 0. Give the number of MoE layers as num_layers."
             )
-        if topk_ids_TK.ndim != 2:
-            raise ValueError(f"topk_ids_TK has shape {list(topk_ids_TK.shape)}: must be [T, K]. Flatten the tokens.")
-        for name, value in others.items():
-            expected = topk_ids_TK.shape if name.endswith("_TK") else topk_ids_TK.shape[:1]
+        (name_of_first, first), *_ = given.items()
+        assert first is not None
+        letters = name_of_first.rpartition("_")[2]
+        if first.ndim != 2:
+            raise ValueError(
+                f"{name_of_first} has shape {list(first.shape)}: must be [{', '.join(letters)}]. Flatten the tokens."
+            )
+        for name, value in given.items():
+            expected = first.shape if name.endswith(letters) else first.shape[:1]
             if value is not None and value.shape != expected:
                 raise ValueError(
-                    f"{name} has shape {list(value.shape)}: must be {list(expected)} as of topk_ids_TK. Give one value "
-                    f"per {'assignment' if name.endswith('_TK') else 'token'}."
+                    f"{name} has shape {list(value.shape)}: must be {list(expected)} as of {name_of_first}. Give one "
+                    f"value per {'assignment' if name.endswith('_TK') else 'token'}."
                 )
+            if value is not None:
+                _check_dtype(name, value)
+        counts = torch.ones_like(first, dtype=torch.bool)
+        for mask in (given.get("assigned_TK"), given.get("valid_T")):
+            if mask is not None:
+                counts = counts & (mask if mask.ndim == 2 else mask.unsqueeze(1))
+        for name, value in given.items():
+            if "ids" in name and value is not None and value.device.type == "cpu":
+                _check_ids(name, value[counts], self.num_experts[layer], layer)
 
     @override
     def extra_repr(self) -> str:
         """Shows the layers."""
         return f"num_experts={list(self.num_experts)}"
+
+
+def _check_dtype(name: str, value: Tensor) -> None:
+    is_whole = not (value.is_floating_point() or value.is_complex() or value.dtype == torch.bool)
+    if "ids" in name and not is_whole:
+        raise ValueError(f"{name} has dtype {value.dtype}: must be whole numbers. Give the ids of experts as int64.")
+    if "probs" in name and not value.is_floating_point():
+        raise ValueError(f"{name} has dtype {value.dtype}: must be floating point. Give the router's probabilities.")
+    if not ("ids" in name or "probs" in name or value.dtype == torch.bool):
+        raise ValueError(f"{name} has dtype {value.dtype}: must be torch.bool. Use {name}.bool().")
+
+
+def _check_ids(name: str, ids: Tensor, num_experts: int, layer: int) -> None:
+    outside = ids[(ids < 0) | (ids >= num_experts)]
+    if len(outside):
+        raise ValueError(
+            f"{name} has {int(outside[0])}: must be from 0 to {num_experts - 1}, since layer {layer} was said to have "
+            f"{num_experts} experts. Give num_experts of every layer, and False in assigned_TK or valid_T where there "
+            "is no assignment."
+        )
 
 
 def _one_per_layer(num_experts: int | Sequence[int], num_layers: int) -> tuple[int, ...]:

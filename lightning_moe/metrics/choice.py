@@ -52,14 +52,16 @@ class RouterEntropy(RoutingMetric):
             layer: Which layer chose.
 
         Raises:
-            ValueError: a shape does not fit, or there is no such layer.
+            ValueError: a shape, dtype or id does not fit, or there is no such layer.
         """
-        self._check(layer, probs_TE, valid_T=valid_T)
+        self._check(layer, probs_TE=probs_TE, valid_T=valid_T)
         if probs_TE.shape[1] != self.num_experts[layer]:
             raise ValueError(
                 f"probs_TE has shape {list(probs_TE.shape)}: layer {layer} was said to have "
                 f"{self.num_experts[layer]} experts. Give num_experts of every layer."
             )
+        if probs_TE.device.type == "cpu" and bool((probs_TE if valid_T is None else probs_TE[valid_T]).lt(0).any()):
+            raise ValueError("probs_TE has values below 0: must be probabilities. Use logits.softmax(-1).")
         entropy, num_tokens = entropy_sum(probs_TE, valid_T)
         self._add_to("entropy", layer, entropy)
         self._add_to("num_tokens", layer, num_tokens)
@@ -113,9 +115,9 @@ class ExpertAffinity(RoutingMetric):
             layer: Which layer chose.
 
         Raises:
-            ValueError: a shape does not fit, or there is no such layer.
+            ValueError: a shape, dtype or id does not fit, or there is no such layer.
         """
-        self._check(layer, topk_ids_TK, assigned_TK=assigned_TK, valid_T=valid_T)
+        self._check(layer, topk_ids_TK=topk_ids_TK, assigned_TK=assigned_TK, valid_T=valid_T)
         mask_TK = is_assigned(topk_ids_TK, assigned_TK, valid_T)
         self._add_to("chosen_together", layer, chosen_together(topk_ids_TK, self.num_experts[layer], mask_TK))
 
@@ -214,7 +216,7 @@ class RoutingStability(RoutingMetric):
         Raises:
             ValueError: a shape does not fit or is not that of the first look, or there is no such layer.
         """
-        self._check(layer, topk_ids_TK, assigned_TK=assigned_TK, valid_T=valid_T)
+        self._check(layer, topk_ids_TK=topk_ids_TK, assigned_TK=assigned_TK, valid_T=valid_T)
         last_TK: Tensor | None = getattr(self, f"last_ids_{layer}")
         if last_TK is not None and last_TK.shape != topk_ids_TK.shape:
             raise ValueError(

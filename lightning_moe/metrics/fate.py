@@ -55,9 +55,9 @@ class DroppedFraction(RoutingMetric):
             layer: Which layer chose.
 
         Raises:
-            ValueError: a shape does not fit, or there is no such layer.
+            ValueError: a shape, dtype or id does not fit, or there is no such layer.
         """
-        self._check(layer, topk_ids_TK, kept_TK=kept_TK, assigned_TK=assigned_TK, valid_T=valid_T)
+        self._check(layer, topk_ids_TK=topk_ids_TK, kept_TK=kept_TK, assigned_TK=assigned_TK, valid_T=valid_T)
         mask_TK = is_assigned(topk_ids_TK, assigned_TK, valid_T)
         self._add_to("num_assignments", layer, mask_TK.sum())
         if kept_TK is not None:
@@ -109,9 +109,11 @@ class ReroutedFraction(RoutingMetric):
             layer: Which layer chose.
 
         Raises:
-            ValueError: a shape does not fit, or there is no such layer.
+            ValueError: a shape, dtype or id does not fit, or there is no such layer.
         """
-        self._check(layer, topk_ids_TK, placed_ids_TK=placed_ids_TK, assigned_TK=assigned_TK, valid_T=valid_T)
+        self._check(
+            layer, topk_ids_TK=topk_ids_TK, placed_ids_TK=placed_ids_TK, assigned_TK=assigned_TK, valid_T=valid_T
+        )
         mask_TK = is_assigned(topk_ids_TK, assigned_TK, valid_T)
         self._add_to("num_assignments", layer, mask_TK.sum())
         if placed_ids_TK is not None:
@@ -135,7 +137,7 @@ class CapacityUtilization(RoutingMetric):
         kwargs: Of :class:`torchmetrics.Metric`.
     """
 
-    higher_is_better = True
+    higher_is_better = None  # little is wasted, much is dropped
     plot_upper_bound = 1.0
     num_rows: Tensor
     num_rows_used: Tensor
@@ -167,9 +169,9 @@ class CapacityUtilization(RoutingMetric):
             layer: Which layer chose.
 
         Raises:
-            ValueError: a shape does not fit, or there is no such layer.
+            ValueError: a shape, dtype or id does not fit, or there is no such layer.
         """
-        self._check(layer, topk_ids_TK, kept_TK=kept_TK, assigned_TK=assigned_TK, valid_T=valid_T)
+        self._check(layer, topk_ids_TK=topk_ids_TK, kept_TK=kept_TK, assigned_TK=assigned_TK, valid_T=valid_T)
         if capacity is None:
             return
         mask_TK = is_assigned(topk_ids_TK, assigned_TK, valid_T)

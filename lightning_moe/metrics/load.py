@@ -46,9 +46,9 @@ class _LoadMetric(RoutingMetric):
             layer: Which layer chose.
 
         Raises:
-            ValueError: a shape does not fit, or there is no such layer.
+            ValueError: a shape, dtype or id does not fit, or there is no such layer.
         """
-        self._check(layer, topk_ids_TK, assigned_TK=assigned_TK, valid_T=valid_T)
+        self._check(layer, topk_ids_TK=topk_ids_TK, assigned_TK=assigned_TK, valid_T=valid_T)
         mask_TK = is_assigned(topk_ids_TK, assigned_TK, valid_T)
         self._add_to("tokens_per_expert", layer, tokens_per_expert(topk_ids_TK, self.num_experts[layer], mask_TK)[0])
 

@@ -58,6 +58,32 @@ def test_stops_in_time(collapsed_from: int) -> None:
     assert "Training stops." in heard.warned[0]
 
 
+@pytest.mark.parametrize("limit", ["min_steps", "min_epochs"])
+def test_a_stop_that_lightning_puts_off_is_said_once(limit: str) -> None:
+    data, memory = [tokens(COLLAPSED)] * 10, Memory()
+    with Heard() as heard:
+        least = {"min_steps": 15, "min_epochs": 1} if limit == "min_steps" else {"min_epochs": 2}
+        trainer = quiet(
+            callbacks=[guard(action="stop")],
+            max_epochs=3,
+            logger=memory,
+            log_every_n_steps=5,
+            use_distributed_sampler=False,
+            **least,
+        )
+        trainer.fit(Steered(), batches(data))
+    assert trainer.global_step == (15 if limit == "min_steps" else 20)
+    assert steps_of(heard.warned) == [6]
+    assert (
+        f"Training stops, not before {'min_steps=15 and min_epochs=1' if limit == 'min_steps' else 'min_epochs=2'}."
+        in heard.warned[0]
+    )
+    assert not heard.told
+    assert memory.metrics[0] == {"moe/collapsed_layers": 0}
+    assert memory.metrics[-1] == {"moe/collapsed_layers": 1}
+    assert memory.metrics.count({"moe/collapsed_layers": 0}) == 1
+
+
 def test_raises_the_weight_in_time_and_again() -> None:
     """What is logged and the routers' gradient change with the step after, and by the factor."""
     data = [tokens(EVEN)] * 3 + [tokens(COLLAPSED, COLLAPSED)] * 24

@@ -223,11 +223,34 @@ def test_autocast_does_not_round_counts() -> None:
             r"kept_TK has shape \[3, 1\]: must be \[3, 2\]",
         ),
         (lambda: metrics.RouterEntropy([4, 5]).update(torch.ones(3, 4), layer=1), "layer 1 was said to have 5"),
+        (lambda: metrics.RouterEntropy(4).update(torch.ones(4)), r"probs_TE has shape \[4\]: must be \[T, E\]"),
+        (lambda: metrics.RouterEntropy(4).update(torch.tensor([[-1.0, 1, 2, 3]])), "below 0: must be probabilities"),
+        (lambda: metrics.RouterEntropy(4).update(torch.ones(3, 4).long()), "probs_TE has dtype torch.int64"),
+        (lambda: metrics.ExpertLoad(4).update(torch.tensor([[0, 4]])), "topk_ids_TK has 4: must be from 0 to 3"),
+        (lambda: metrics.ExpertLoad(4).update(torch.tensor([[0, -1]])), "topk_ids_TK has -1: must be from 0 to 3"),
+        (lambda: metrics.ExpertLoad(4).update(torch.ones(3, 2)), "topk_ids_TK has dtype torch.float32: must be whole"),
+        (lambda: metrics.ExpertLoad(4).update(torch.ones(3, 2).bool()), "topk_ids_TK has dtype torch.bool"),
+        (
+            lambda: metrics.ReroutedFraction(4).update(torch.zeros(1, 1).long(), torch.full((1, 1), 7)),
+            "placed_ids_TK has 7: must be from 0 to 3",
+        ),
+        (
+            lambda: metrics.LoadCV(4).update(torch.zeros(3, 2).long(), valid_T=torch.ones(3)),
+            r"valid_T has dtype torch.float32: must be torch.bool. Use valid_T.bool\(\)",
+        ),
     ],
 )
 def test_what_does_not_fit_is_refused(make: Any, problem: str) -> None:
     with pytest.raises(ValueError, match=problem):
         make()
+
+
+def test_ids_of_what_does_not_count_may_be_anything() -> None:
+    load = metrics.ExpertLoad(4)
+    load.update(
+        torch.tensor([[0, 9], [-5, 4]]), torch.tensor([[True, False], [True, True]]), torch.tensor([True, False])
+    )
+    assert load.compute().tolist() == [[1, 0, 0, 0]]
 
 
 # ----------------------------------------------------------------------- over ranks

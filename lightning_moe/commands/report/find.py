@@ -69,7 +69,8 @@ def read_run(given: Path) -> Run:
     """Reads the newest run under a folder, of those that trained if any did, or the run that the folder itself is.
 
     A run is a folder with ``metrics.csv`` or event files. Those that several loggers made for it have one name, such
-    as ``csv/version_1`` and ``tensorboard/version_1``, and are read together, unless their values contradict.
+    as ``csv/version_1`` and ``tensorboard/version_1``, or were written at about the same time, and are read together
+    where both have the same values.
 
     Raises:
         ReportError: there is no such folder, no run, or nothing in it yet.
@@ -162,13 +163,13 @@ def _has_metrics(folder: Path) -> bool:
 
 def _join_same_run(run: Run, candidates: Sequence[Path]) -> None:
     newest = run.folders[0]
-    chosen = newest == run.given  # by the user: what is to join it needs a proof, a value that both have
+    chosen = newest == run.given  # by the user
     for folder in candidates:
         same_name = folder.name == newest.name
         if same_name or chosen or _may_be_of(run, folder):
             scalars = read_scalars(folder)
             agrees = _agree(run.scalars, scalars)
-            if agrees or (agrees is None and same_name and not chosen):
+            if agrees or (same_name and not scalars):
                 # What is newer wins; of the same values, those that are not rounded.
                 exact_first = (folder / METRICS_FILE).is_file() and not (newest / METRICS_FILE).is_file()
                 pair = (run.scalars, scalars) if exact_first else (scalars, run.scalars)
