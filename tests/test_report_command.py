@@ -170,6 +170,7 @@ def test_what_was_not_logged_says_how_to_log_it(tmp_path: Path, capsys: pytest.C
     page, _ = report(capsys, write_csv(tmp_path / "run", {"moe/load_imbalance": {1: 1.5}}))
     assert "No training loss: log one in training_step" in words(page)
     assert "Not logged: moe/router_entropy, moe/dead_experts, moe/load_balancing_loss" in words(page)
+    assert "No communication: nothing travels where each rank has all experts" in words(page)
 
 
 @pytest.mark.parametrize(
@@ -199,6 +200,19 @@ def test_tiles_judge_several_values(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert "median of steps 10 to 18" in words(page)
     page, _ = report(capsys, write_csv(tmp_path, {"moe/dispatch_share": {**shares, 18: float("nan")}}))
     assert tiles(page)["Communication"] == ("nan", "bad")
+
+
+def test_tiles_judge_by_the_worst_layer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A mean over layers hides one that has collapsed; validation's layers are not in it."""
+    names = ["load_imbalance", "layer_00/load_imbalance", "layer_01/load_imbalance", "router_entropy"]
+    names += ["layer_00/router_entropy", "layer_01/router_entropy"]
+    values = [1.9, 1.1, 2.7, 0.45, 0.9, 0.001]
+    metrics = {f"moe/{name}": {9: value} for name, value in zip(names, values, strict=True)}
+    page, _ = report(capsys, write_csv(tmp_path, {**metrics, "val_moe/layer_00/load_imbalance": {9: 7.0}}))
+    assert tiles(page)["Load imbalance"] == ("1.9", "watch")
+    assert tiles(page)["Router entropy"] == ("0.45", "bad")
+    assert "watch: uneven in layer_01, 2.7" in words(page)
+    assert "bad: certain in layer_01, 0.001" in words(page)
 
 
 def test_dead_experts_are_those_of_as_many_steps_as_others(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,9 +11,9 @@ from lightning_moe.commands.report.data import Scalars, Series
 from lightning_moe.commands.report.experts import dead_experts, latest_interval
 from lightning_moe.commands.report.find import Run
 from lightning_moe.commands.report.parts import Format, percent, plain
-from lightning_moe.commands.report.sections import loss_names
+from lightning_moe.commands.report.sections import PER_LAYER, loss_names
 
-GOOD, WATCH, BAD = "good", "watch", "bad"
+GOOD, WATCH, BAD = _STATES = "good", "watch", "bad"
 # From docs/monitoring.md: values up to the first are good, and up to the second to be watched.
 _IMBALANCE = (2.0, 4.0)
 _DROPPED = (0.01, 0.1)
@@ -88,11 +88,23 @@ def _metric(
     value, last = series.values[-1], series.steps[-1]
     if not math.isfinite(value):
         return [Tile(label, write(value), f"at step {last:,}", BAD, "bad: not a number")]
-    recent = [v for v in series.values[-_RECENT:] if math.isfinite(v)]
-    value = statistics.median(recent)
+    value = _median(series)
     since = series.steps[-_RECENT:][0]
-    note = f"median of steps {since:,} to {last:,}" if len(recent) > 1 else f"at step {last:,}"
-    return [Tile(label, write(value), note, *judge(value))]
+    note = f"median of steps {since:,} to {last:,}" if len(series.values) > 1 else f"at step {last:,}"
+    state, verdict = judge(value)
+    # A mean over layers hides one that has collapsed.
+    for name in sorted(scalars):
+        if (match := PER_LAYER.fullmatch(name)) and match[1] is None and match[3] == metric:
+            of_layer = _median(scalars[name])
+            its_state, its_verdict = judge(of_layer)
+            if _STATES.index(its_state) > _STATES.index(state):
+                state, verdict = its_state, f"{its_verdict} in layer_{match[2]}, {write(of_layer)}"
+    return [Tile(label, write(value), note, state, verdict)]
+
+
+def _median(series: Series) -> float:
+    """Of the last values."""
+    return statistics.median([v for v in series.values[-_RECENT:] if math.isfinite(v)] or series.values[-1:])
 
 
 def _up_to(value: float, bounds: tuple[float, float], low: str, high: str) -> tuple[str, str]:

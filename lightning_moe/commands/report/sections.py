@@ -15,9 +15,12 @@ from lightning_moe.commands.report.find import Run
 from lightning_moe.commands.report.parts import Section, charts, in_bytes, missing, percent, plain, seconds, table
 
 _TRAIN, _VALIDATION = "moe/", "val_moe/"
-_PER_LAYER = re.compile(r"(val_)?moe/layer_(\d+)/(.+)")
+PER_LAYER = re.compile(r"(val_)?moe/layer_(\d+)/(.+)")  # validation's, layer, metric
 _LOSS = re.compile(r"(?:^|[/_.-])loss(?:$|[/_.-])", re.I)
 _MONITOR = "add lightning_moe.ExpertLoadMonitor to trainer.callbacks"
+_NOTHING_TRAVELLED = (
+    "nothing travels where each rank has all experts, and batches of several optimizer steps are not measured"
+)
 _MAX_OTHER_CHARTS = 12
 _MAX_CONFIG = 200_000  # characters
 
@@ -98,7 +101,7 @@ def sections(run: Run) -> list[Section]:
             "process by itself sends nothing.",
             _COMMUNICATION,
             run.scalars,
-            _MONITOR,
+            _NOTHING_TRAVELLED if f"{_TRAIN}load_imbalance" in run.scalars else _MONITOR,
         )
     )
     found += [_others(run.scalars), _config(run)]
@@ -167,7 +170,7 @@ def _layer_charts(scalars: Scalars, metric: str, about: _About) -> Iterable[Char
         found = {
             int(match[2]): series
             for name, series in scalars.items()
-            if (match := _PER_LAYER.fullmatch(name)) and match[3] == metric and (match[1] or "") == prefix
+            if (match := PER_LAYER.fullmatch(name)) and match[3] == metric and (match[1] or "") == prefix
         }
         if found:
             lines = {f"layer_{layer:02d}": found[layer] for layer in sorted(found)}
@@ -181,7 +184,7 @@ def _others(scalars: Scalars) -> Section:
     metrics = {metric for about in (*_BALANCE, *_DROPS, *_COMMUNICATION) for metric in about.names}
     told = {f"{prefix}{metric}" for metric in metrics for prefix in (_TRAIN, _VALIDATION)}
     told |= {name for names in loss_names(scalars) for name in names}
-    told |= {name for name in scalars if (match := _PER_LAYER.fullmatch(name)) and match[3] in metrics}
+    told |= {name for name in scalars if (match := PER_LAYER.fullmatch(name)) and match[3] in metrics}
     lines = {name: series for name, series in sorted(scalars.items()) if name not in told}
     section = Section("Other metrics", "What else the run logged.")
     if lines:
