@@ -13,7 +13,7 @@ from torch import Tensor
 from torchmetrics import Metric
 from typing_extensions import override
 
-from lightning_moe.metrics.functional import mean_over_layers
+from lightning_moe.metrics.functional import is_assigned, mean_over_layers
 
 
 class RoutingMetric(Metric):
@@ -130,13 +130,11 @@ class RoutingMetric(Metric):
                 )
             if value is not None:
                 _check_dtype(name, value)
-        counts = torch.ones_like(first, dtype=torch.bool)
-        for mask in (given.get("assigned_TK"), given.get("valid_T")):
-            if mask is not None:
-                counts = counts & (mask if mask.ndim == 2 else mask.unsqueeze(1))
-        for name, value in given.items():
-            if "ids" in name and value is not None and value.device.type == "cpu":
-                _check_ids(name, value[counts], self.num_experts[layer], layer)
+        if first.device.type == "cpu" and "ids" in name_of_first:
+            counts_TK = is_assigned(first, given.get("assigned_TK"), given.get("valid_T"))
+            for name, value in given.items():
+                if "ids" in name and value is not None:
+                    _check_ids(name, value[counts_TK], self.num_experts[layer], layer)
 
     @override
     def extra_repr(self) -> str:

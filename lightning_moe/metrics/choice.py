@@ -52,7 +52,7 @@ class RouterEntropy(RoutingMetric):
             layer: Which layer chose.
 
         Raises:
-            ValueError: a shape, dtype or id does not fit, or there is no such layer.
+            ValueError: a shape or dtype does not fit, on the CPU a value is below 0, or there is no such layer.
         """
         self._check(layer, probs_TE=probs_TE, valid_T=valid_T)
         if probs_TE.shape[1] != self.num_experts[layer]:
