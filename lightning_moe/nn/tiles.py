@@ -25,7 +25,7 @@ from torch import Tensor
 
 from lightning_moe.config import Activation
 from lightning_moe.dispatch.permute import Permutation, gather
-from lightning_moe.nn.activation import activate_backward_into, activate_into
+from lightning_moe.nn.tile_operations import TileOperations, operations_for
 from lightning_moe.nn.tiling import Run, SumByToken, Tile, cut, runs_of, wide
 from lightning_moe.nn.workers import num_workers, run_parts
 from lightning_moe.parallel.autograd import first_order
@@ -39,7 +39,7 @@ def run_in_tiles(
     The weight's gradient is the scalar product of the activation and its gradient, so that no expert's output is kept
     (SonicMoE, Guo et al. 2025).
     """
-    inputs = x_AD, weights_AK, w2_LDF, w1_LGD
+    inputs = x_AD.contiguous(), weights_AK, w2_LDF, w1_LGD
     keep = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)
     y_AD: Tensor = _Tiles.apply(*inputs, plan, activation, keep)
     return y_AD
@@ -93,18 +93,18 @@ class _Tiles(torch.autograd.Function):
         keep: bool,
     ) -> Tensor:
         (D, F), G = w2_LDF.shape[1:], w1_LGD.shape[1]
-        work = _Work(x_AD, weights_AK, plan, D, F, *() if keep else (G,))
+        work = _Work(x_AD, weights_AK, plan, activation, D, F, *() if keep else (G,))
         w1_LPFD = w1_LGD.unflatten(1, (-1, F))
         y = SumByToken(x_AD, weights_AK, plan, work.runs)
         h = [x_AD.new_empty(G // F, tile.padded, F) for tile in work.tiles] if keep else []
 
-        def step(run: Run, tile: Tile, x_nD: Tensor, act_nF: Tensor, *memory: Tensor) -> None:
+        def step(do: TileOperations, run: Run, tile: Tile, x_nD: Tensor, act_nF: Tensor, *memory: Tensor) -> None:
             n, expert = tile.padded, tile.expert
             h_PnF = h[tile.index] if keep else memory[0].view(-1)[: n * G].view(-1, n, F)
-            torch.index_select(x_AD, 0, work.token_R[tile.rows], out=x_nD[: tile.size])
+            do.gather(x_AD, work.token_R[tile.rows], out_nD=x_nD)
             for part, w1_FD in zip(h_PnF, w1_LPFD[expert], strict=True):  # so that each is contiguous
                 torch.mm(x_nD, w1_FD.t(), out=part)
-            activate_into(h_PnF, activation, act_nF=act_nF)
+            do.activate(h_PnF, act_nF=act_nF)
             torch.mm(act_nF, w2_LDF[expert].t(), out=y.rows_of(run, tile))
 
         for run in work.runs:
@@ -120,29 +120,37 @@ class _Tiles(torch.autograd.Function):
         x_AD, weights_AK, w2_LDF, w1_LGD, *h = ctx.saved_tensors
         plan: Permutation = ctx.plan
         (D, F), G = w2_LDF.shape[1:], w1_LGD.shape[1]
-        work = _Work(x_AD, weights_AK, plan, D, D, F, F, F, G)
+        grad_AD = grad_AD.contiguous()
+        work = _Work(x_AD, weights_AK, plan, ctx.activation, D, D, F, F, F, G)
         needs_x, _, needs_w2, needs_w1 = ctx.needs_input_grad[:4]
         grad_w1, grad_w2 = _WeightGradient(w1_LGD, needs_w1, plan), _WeightGradient(w2_LDF, needs_w2, plan)
         grad_weights_R = weights_AK.new_zeros(len(work.token_R))
         grad_x = SumByToken(x_AD, None, plan, work.runs) if needs_x else None
 
         def step(
-            run: Run, tile: Tile, x: Tensor, grad_y: Tensor, act: Tensor, silu: Tensor, grad_act: Tensor, grad_h: Tensor
+            do: TileOperations,
+            run: Run,
+            tile: Tile,
+            x: Tensor,
+            grad_y: Tensor,
+            act: Tensor,
+            grad_act: Tensor,
+            memory: Tensor,
+            grad_h: Tensor,
         ) -> None:
-            rows, expert, h_PnF = slice(tile.size), tile.expert, h[tile.index]
-            token, weights = work.token_R[tile.rows], work.weights_R1[tile.rows]
-            torch.index_select(grad_AD, 0, token, out=grad_y[rows])
+            expert, token = tile.expert, work.token_R[tile.rows]
+            do.gather(grad_AD, token, out_nD=grad_y)
             torch.mm(grad_y, w2_LDF[expert], out=grad_act)  # without the weight, for the weight's own gradient
-            activate_into(h_PnF, ctx.activation, act_nF=act, silu_nF=silu)
-            products = torch.mul(act[rows], grad_act[rows], out=grad_h[rows, :F])
-            torch.sum(products, 1, dtype=grad_weights_R.dtype, out=grad_weights_R[tile.rows])
-            act[rows].mul_(weights)
-            grad_act[rows].mul_(weights)
-            activate_backward_into(h_PnF, ctx.activation, grad_act, silu, grad_h_nG=grad_h)
-            torch.index_select(x_AD, 0, token, out=x[rows])
-            if tile.padded > tile.size:  # what stands in the padding would be summed into the weights' gradients
-                for padded in (grad_y, act, grad_h, x):
-                    padded[tile.size :].zero_()
+            do.activate_backward(
+                h[tile.index],
+                grad_act,
+                work.weights_R[tile.rows],
+                act_nF=act,
+                grad_h_nG=grad_h,
+                grad_weights_m=grad_weights_R[tile.rows],
+                memory_nF=memory,
+            )
+            do.gather(x_AD, token, out_nD=x)
             grad_w2.add(tile, grad_y.t(), act)
             grad_w1.add(tile, grad_h.t(), x)
             if grad_x is not None:
@@ -165,25 +173,29 @@ class _Tiles(torch.autograd.Function):
 class _Work:
     """What forward and backward walk along, with memory of some widths for one tile at a time on every thread."""
 
-    def __init__(self, x_AD: Tensor, weights_AK: Tensor, plan: Permutation, *widths: int) -> None:
+    def __init__(
+        self, x_AD: Tensor, weights_AK: Tensor, plan: Permutation, activation: Activation, *widths: int
+    ) -> None:
         self.tiles = cut(plan, x_AD.dtype)
         self.runs = runs_of(self.tiles, x_AD.shape[1] * x_AD.element_size(), num_workers())
         self.token_R = plan.token_R
         weights_R1 = gather(weights_AK.reshape(-1, 1), plan.assignment_R, is_complete=not plan.has_gaps)
-        self.weights_R1 = weights_R1.to(x_AD.dtype)  # mixed products take three times as long
+        self.weights_R = weights_R1.squeeze(1)
         most = max((tile.padded for tile in self.tiles), default=0)
         number = max((len(run.shares) for run in self.runs), default=0)
+        self._operations = partial(operations_for, x_AD, weights_AK, activation)
         self._buffers = [[x_AD.new_empty(most, width) for width in widths] for _ in range(number)]
 
     def walk(self, run: Run, step: Callable[..., None]) -> None:
-        """Calls ``step(run, tile, *buffers)`` for every tile."""
-        parts = [partial(_walk, *part, run, step) for part in zip(run.shares, self._buffers, strict=False)]
+        """Calls ``step(operations, run, tile, *buffers)`` for every tile."""
+        step = partial(step, self._operations(torch.get_num_threads() // len(run.shares)), run)
+        parts = [partial(_walk, *part, step) for part in zip(run.shares, self._buffers, strict=False)]
         if len(parts) == 1:
             parts[0]()
         else:
             run_parts(parts)
 
 
-def _walk(tiles: list[Tile], buffers: list[Tensor], run: Run, step: Callable[..., None]) -> None:
+def _walk(tiles: list[Tile], buffers: list[Tensor], step: Callable[..., None]) -> None:
     for tile in tiles:
-        step(run, tile, *(buffer[: tile.padded] for buffer in buffers))
+        step(tile, *(buffer[: tile.padded] for buffer in buffers))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, get_args
 
@@ -15,8 +15,7 @@ from torch.testing import assert_close
 
 from lightning_moe.config import Activation
 from lightning_moe.dispatch.permute import Permutation, plan_permutation
-from lightning_moe.nn import tiles as tiles_module
-from lightning_moe.nn import tiling
+from lightning_moe.nn import tile_operations, tiling
 from lightning_moe.nn.experts import run_by_rows
 from lightning_moe.nn.tiles import run_in_tiles
 
@@ -99,6 +98,18 @@ def in_tiles(inputs: list[Tensor], upstream: Tensor, plan: Permutation, activati
     return backward(lambda x, weights, w1, w2: run_in_tiles(x, weights, plan, w1, w2, activation), inputs, upstream)
 
 
+def watch_activation(monkeypatch: pytest.MonkeyPatch, activation: Activation, see: Callable[[Tensor], Any]) -> None:
+    """Calls ``see(h)`` before every activation of a tile by whichever operations are used here."""
+    kind = type(tile_operations.operations_for(torch.empty(0), torch.empty(0), activation, num_threads=1))
+    original = kind.activate
+
+    def watched(self: Any, h_PnF: Tensor, *, act_nF: Tensor) -> None:
+        see(h_PnF)
+        original(self, h_PnF, act_nF=act_nF)
+
+    monkeypatch.setattr(kind, "activate", watched)
+
+
 def looped(
     ids: Tensor, kept: Tensor | None, activation: str, x: Tensor, weights: Tensor, w1: Tensor, w2: Tensor
 ) -> Tensor:
@@ -145,6 +156,14 @@ def test_as_by_plain_loops(case: str, activation: Activation, dtype: torch.dtype
     assert not ours["weights"][~is_kept].any()
     # A weight of 0 has a gradient as any other.
     assert bool(ours["weights"][is_kept & (inputs[1] == 0)].all())
+
+
+@cases
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.usefixtures("num_threads")
+def test_as_by_plain_loops_without_a_compiler(case: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tile_operations, "compiled_library", lambda: None)
+    test_as_by_plain_loops(case, "swiglu", dtype)
 
 
 @cases
@@ -288,13 +307,7 @@ def test_shares_by_hand() -> None:
 
 def test_experts_are_divided_among_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: set[str] = set()
-    original = tiles_module.activate_into
-
-    def watched(*args: Any, **kwargs: Any) -> None:
-        seen.add(threading.current_thread().name)
-        original(*args, **kwargs)
-
-    monkeypatch.setattr(tiles_module, "activate_into", watched)
+    watch_activation(monkeypatch, "swiglu", lambda _: seen.add(threading.current_thread().name))
     ids = torch.arange(L).repeat(8).unsqueeze(1)
     inputs, upstream = drawn(ids, "swiglu", torch.float32)
     plan = plan_permutation(ids, L)
@@ -376,13 +389,7 @@ def test_without_a_backward_nothing_is_kept(case: str, activation: Activation, m
     inputs, upstream = drawn(ids, activation, torch.float32)
     expected = in_tiles(inputs, upstream, plan, activation)["y"]
     first_products: list[int] = []
-    original = tiles_module.activate_into
-
-    def watched(h_PnF: Tensor, *args: Any, **kwargs: Any) -> None:
-        first_products.append(h_PnF.untyped_storage().data_ptr())
-        original(h_PnF, *args, **kwargs)
-
-    monkeypatch.setattr(tiles_module, "activate_into", watched)
+    watch_activation(monkeypatch, activation, lambda h: first_products.append(h.untyped_storage().data_ptr()))
     x, weights, w1, w2 = (value.requires_grad_() for value in inputs)
     with torch.no_grad():
         y = run_in_tiles(x, weights, plan, w1, w2, activation)

@@ -1,0 +1,143 @@
+/* What torch has no single operation for, each in one pass over memory: gathering rows into a buffer, and SwiGLU between
+ * an expert's two products, with all that its backward needs. Optional: tile_kernels.py calls it where it was compiled,
+ * and torch's operations do the same elsewhere. Plain C without Python or torch, so that one build serves all versions.
+ *
+ * R rows of a tile, of which the first `size` are real and the others padding; F expert width. All arrays are contiguous
+ * and none overlap; bf16 is computed in fp32 and rounded once.
+ */
+#include <stdint.h>
+#include <string.h>
+
+#ifdef __GNUC__
+#define INLINE static inline __attribute__((always_inline))
+#else
+#define INLINE static inline
+#endif
+
+typedef union {
+  float value;
+  uint32_t bits;
+} Float;
+
+INLINE float load_fp32(float x) { return x; }
+
+INLINE float store_fp32(float x) { return x; }
+
+INLINE float load_bf16(uint16_t x) {
+  Float wide;
+  wide.bits = (uint32_t)x << 16;
+  return wide.value;
+}
+
+/* To the nearest, ties to even, as torch rounds; NaN must not become infinity. */
+INLINE uint16_t store_bf16(float x) {
+  Float wide;
+  wide.value = x;
+  uint32_t rounded = (wide.bits + 0x7fffu + ((wide.bits >> 16) & 1u)) >> 16;
+  return (uint16_t)((wide.bits & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : rounded);
+}
+
+/* 1 / (1 + exp(-x)): exp by Cody and Waite's reduction to |r| <= log(2) / 2 and the polynomial of Cephes' expf. Within
+ * +-87 fp32 holds exp; beyond, the result differs from 0 and 1 by less than 1e-37. */
+INLINE float sigmoid(float x) {
+  float y = -x;
+  y = y < -87.0f ? -87.0f : y;
+  y = y > 87.0f ? 87.0f : y;
+  float k = __builtin_rintf(y * 1.44269504088896341f);
+  float r = (y - k * 0.693359375f) + k * 2.12194440e-4f;
+  float p = 1.9875691500e-4f;
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * r * r + r + 1.0f;
+  Float power; /* 2^k */
+  power.bits = (uint32_t)((int32_t)k + 127) << 23;
+  return 1.0f / (1.0f + p * power.value);
+}
+
+/* act = silu(gate) * up, `count` elements of each. */
+#define SWIGLU(type) (const type *restrict gate, const type *restrict up, type *restrict act, int64_t count)
+
+/* Of rows with weights w and the gradient g of their unweighted activation:
+ *   act = w * silu(gate) * up, [R, F]                                what the second weight's gradient is made of
+ *   grad_h = (w * g * up * silu'(gate), w * g * silu(gate)), [R, 2F]
+ *   grad_weights = sum over f of g * silu(gate) * up, [size]
+ * Padding of act and grad_h becomes 0, so that it adds nothing to the gradients of the weights. */
+#define SWIGLU_BACKWARD(type)                                                                                    \
+  (const type *restrict gate, const type *restrict up, const type *restrict grad, const float *restrict weights, \
+   type *restrict act, type *restrict grad_h, float *restrict grad_weights, int64_t rows, int64_t size, int64_t F)
+
+#define DEFINE(dtype, type, suffix, attribute)                                               \
+  attribute static void swiglu_##dtype##suffix SWIGLU(type) {                                \
+    for (int64_t i = 0; i < count; i++) {                                                    \
+      float x = load_##dtype(gate[i]);                                                       \
+      act[i] = store_##dtype(x * sigmoid(x) * load_##dtype(up[i]));                          \
+    }                                                                                        \
+  }                                                                                          \
+  attribute static void swiglu_backward_##dtype##suffix SWIGLU_BACKWARD(type) {              \
+    for (int64_t row = 0; row < size; row++) {                                               \
+      const float weight = weights[row];                                                     \
+      type *restrict grad_gate = grad_h + 2 * F * row, *restrict grad_up = grad_gate + F;    \
+      float sum = 0.0f;                                                                      \
+      _Pragma("omp simd reduction(+ : sum)") for (int64_t f = 0; f < F; f++) {               \
+        const int64_t i = F * row + f;                                                       \
+        float x = load_##dtype(gate[i]), y = load_##dtype(up[i]), g = load_##dtype(grad[i]); \
+        float s = sigmoid(x), silu = x * s, product = silu * y;                              \
+        sum += product * g;                                                                  \
+        act[i] = store_##dtype(product * weight);                                            \
+        g *= weight;                                                                         \
+        grad_gate[f] = store_##dtype(g * y * s * (1.0f + x * (1.0f - s)));                   \
+        grad_up[f] = store_##dtype(g * silu);                                                \
+      }                                                                                      \
+      grad_weights[row] = sum;                                                               \
+    }                                                                                        \
+    memset(act + F * size, 0, sizeof(type) * (size_t)(F * (rows - size)));                   \
+    memset(grad_h + 2 * F * size, 0, sizeof(type) * (size_t)(2 * F * (rows - size)));        \
+  }
+
+/* The same for newer instructions, chosen when it is called: what was compiled here may run on another processor. Written
+ * out for each, since target_clones (which musl and macOS lack, too) and a body inlined into each took 1.5 times as long
+ * in bf16: GCC settles how wide a reduction may be before it knows for which processor. */
+#if defined(__x86_64__) && defined(__GNUC__)
+#define AVX512 __attribute__((target("avx512f,avx512bw,avx512cd,avx512dq,avx512vl,avx2,fma")))
+#define AVX2 __attribute__((target("avx2,fma")))
+#define HAS_AVX512                                                                                                 \
+  (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512cd") && \
+   __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
+#define HAS_AVX2 (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
+#define DEFINE_ALL(dtype, type) DEFINE(dtype, type, _plain, ) DEFINE(dtype, type, _avx2, AVX2) DEFINE(dtype, type, _avx512, AVX512)
+#define CALL(name, arguments) \
+  (HAS_AVX512 ? name##_avx512 arguments : HAS_AVX2 ? name##_avx2 arguments : name##_plain arguments)
+#else
+#define DEFINE_ALL(dtype, type) DEFINE(dtype, type, _plain, )
+#define CALL(name, arguments) name##_plain arguments
+#endif
+
+#define EXPORT(dtype, type)                                                                                         \
+  DEFINE_ALL(dtype, type)                                                                                           \
+  void swiglu_##dtype SWIGLU(type) { CALL(swiglu_##dtype, (gate, up, act, count)); }                                \
+  void swiglu_backward_##dtype SWIGLU_BACKWARD(type) {                                                              \
+    CALL(swiglu_backward_##dtype, (gate, up, grad, weights, act, grad_h, grad_weights, rows, size, F));             \
+  }
+
+EXPORT(fp32, float)
+EXPORT(bf16, uint16_t)
+
+/* out[r] = table[index[r]], rows of `bytes` bytes; padding becomes 0. Rows are asked for before they are needed, because
+ * the processor can't guess where the next one is. */
+void gather_rows(const char *restrict table, const int64_t *restrict index, char *restrict out, int64_t rows,
+                 int64_t size, int64_t bytes) {
+#ifdef __GNUC__
+  enum { AHEAD = 8, CACHE_LINE = 64 };
+#endif
+  for (int64_t row = 0; row < size; row++) {
+#ifdef __GNUC__
+    if (row + AHEAD < size)
+      for (int64_t at = 0; at < bytes; at += CACHE_LINE) __builtin_prefetch(table + index[row + AHEAD] * bytes + at);
+#endif
+    memcpy(out + row * bytes, table + index[row] * bytes, (size_t)bytes);
+  }
+  memset(out + size * bytes, 0, (size_t)((rows - size) * bytes));
+}
