@@ -18,6 +18,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from lightning_moe.nn.tile_operations import compiled_library
+
 PACKAGES = ("torch", "lightning-moe", "transformers", "deepspeed", "triton")
 
 
@@ -169,10 +171,11 @@ def threads(count: int | None) -> Iterator[None]:
 
 
 def header(device: torch.device) -> str:
-    """Versions and processors."""
+    """Versions, processors, and what the layer's tiles run on."""
     versions = [f"{name} {found}" for name in PACKAGES if (found := _version(name))]
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    where = f"{cpu_model()}, {cores} of {os.cpu_count()} cores usable"
+    tiles = "in C" if compiled_library() else "by torch"
+    where = f"{cpu_model()}, {cores} of {os.cpu_count()} cores usable, tiles {tiles}"
     if device.type == "cuda":
         where = f"{torch.cuda.get_device_name(device)}, CUDA {torch.version.cuda}; {where}"
     return f"{', '.join(versions)}, Python {platform.python_version()}; {where}."
