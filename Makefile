@@ -41,11 +41,11 @@ format: $(VENV)/.installed-dev ## Format the code and apply the safe fixes
 	$(BIN)/python -m ruff check --fix .
 
 clean: ## Remove the virtual environment, caches and what runs wrote
-	rm -rf $(VENV) build dist *.egg-info lightning_moe/nn/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis runs lightning_logs
+	rm -rf $(VENV) build dist *.egg-info lightning_moe/nn/csrc/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis runs lightning_logs
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Order-only on the interpreter: it is a link to the system's, whose age says nothing.
-$(VENV)/.installed-%: pyproject.toml constraints.txt setup.py lightning_moe/nn/_tile_kernels.c | $(BIN)/python
+$(VENV)/.installed-%: pyproject.toml constraints.txt setup.py lightning_moe/nn/csrc/tile_kernels.c | $(BIN)/python
 	$(BIN)/python -m pip install --quiet "pip>=23.1"
 	$(BIN)/python -m pip install --constraint constraints.txt --editable ".[$*]"
 	@touch $@

@@ -5,8 +5,8 @@ from setuptools import Extension, setup
 setup(
     ext_modules=[
         Extension(
-            "lightning_moe.nn._tile_kernels",
-            ["lightning_moe/nn/_tile_kernels.c"],
+            "lightning_moe.nn.csrc.tile_kernels",
+            ["lightning_moe/nn/csrc/tile_kernels.c"],
             # Neither -ffast-math, which makes a library flush denormal numbers in the whole process, nor -march=native,
             # since a wheel or a container may run on another processor than that which built it.
             extra_compile_args=["-O3", "-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math"],

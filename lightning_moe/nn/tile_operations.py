@@ -141,8 +141,8 @@ def operations_for(x_AD: Tensor, weights_AK: Tensor, activation: Activation, num
 
 @cache
 def compiled_library() -> ctypes.CDLL | None:
-    """The functions of ``_tile_kernels.c``; ``None`` where no compiler was found when the package was installed."""
-    found = find_spec("lightning_moe.nn._tile_kernels")
+    """The functions of ``csrc/tile_kernels.c``; ``None`` where no compiler was found when the package was installed."""
+    found = find_spec("lightning_moe.nn.csrc.tile_kernels")
     if found is None or found.origin is None:
         return None
     try:

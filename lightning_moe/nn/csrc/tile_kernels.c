@@ -1,5 +1,5 @@
 /* What torch has no single operation for, each in one pass over memory: gathering rows into a buffer, and SwiGLU between
- * an expert's two products, with all that its backward needs. Optional: tile_kernels.py calls it where it was compiled,
+ * an expert's two products, with all that its backward needs. Optional: tile_operations.py calls it where it was compiled,
  * and torch's operations do the same elsewhere. Plain C without Python or torch, so that one build serves all versions.
  *
  * R rows of a tile, of which the first `size` are real and the others padding; F expert width. All arrays are contiguous
