@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import ctypes
 from functools import cache
-from importlib.util import find_spec
+from importlib.machinery import PathFinder
+from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from typing_extensions import override
 
@@ -126,9 +127,11 @@ def operations_for(x_AD: Tensor, weights_AK: Tensor, activation: Activation, num
         activation: Between the products.
         num_threads: Threads that torch would use for an operation on a tile.
     """
-    # Dispatch modes, which count operations or decide what is recomputed, are to see them all.
+    # Dispatch modes, which count operations or decide what is recomputed, are to see them all. A subclass of Tensor may
+    # have its values anywhere.
     if (
         activation == "swiglu"
+        and type(x_AD) in (Tensor, nn.Parameter)
         and x_AD.dtype in _NAMES
         and weights_AK.dtype == torch.float32
         and num_threads <= _MOST_THREADS
@@ -141,13 +144,18 @@ def operations_for(x_AD: Tensor, weights_AK: Tensor, activation: Activation, num
 
 @cache
 def compiled_library() -> ctypes.CDLL | None:
-    """The functions of ``csrc/tile_kernels.c``; ``None`` where no compiler was found when the package was installed."""
-    found = find_spec("lightning_moe.nn.csrc.tile_kernels")
+    """The functions of ``csrc/tile_kernels.c``; ``None`` where the package was installed without a compiler.
+
+    Also where it was built for another system or other code: a library may be left over from an earlier installation.
+    """
+    found = PathFinder.find_spec("tile_kernels", [str(Path(__file__).with_name("csrc"))])
     if found is None or found.origin is None:
         return None
     try:
         library = ctypes.CDLL(found.origin)
-    except OSError:  # for another system, as in a folder that several share
+        if library.tile_kernels_version() != _VERSION:
+            return None
+    except (OSError, AttributeError):
         return None
     address, number = ctypes.c_void_p, ctypes.c_int64
     arguments = {"gather_rows": [address] * 3 + [number] * 3}
@@ -161,6 +169,9 @@ def compiled_library() -> ctypes.CDLL | None:
 
 
 _NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
+
+_VERSION = 1
+"""That of ``csrc/tile_kernels.c`` which the calls here are for."""
 
 _MOST_THREADS = 2
 """With more, torch's operations together take less time than one thread in C."""

@@ -39,7 +39,8 @@ def run_in_tiles(
     The weight's gradient is the scalar product of the activation and its gradient, so that no expert's output is kept
     (SonicMoE, Guo et al. 2025).
     """
-    inputs = x_AD.contiguous(), weights_AK, w2_LDF, w1_LGD
+    assert len(x_AD) == len(plan.row_TK)
+    inputs = _plain(x_AD), weights_AK, w2_LDF, w1_LGD
     keep = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)
     y_AD: Tensor = _Tiles.apply(*inputs, plan, activation, keep)
     return y_AD
@@ -117,10 +118,11 @@ class _Tiles(torch.autograd.Function):
     @staticmethod
     @first_order
     def backward(ctx: Any, grad_AD: Tensor) -> tuple[Tensor | None, ...]:
-        x_AD, weights_AK, w2_LDF, w1_LGD, *h = ctx.saved_tensors
+        x_AD, weights_AK, w2_LDF, w1_LGD, *h = map(_plain, ctx.saved_tensors)  # which went through users' hooks
+        assert all(h_PnF.dtype == x_AD.dtype for h_PnF in h)
         plan: Permutation = ctx.plan
         (D, F), G = w2_LDF.shape[1:], w1_LGD.shape[1]
-        grad_AD = grad_AD.contiguous()
+        grad_AD = _plain(grad_AD)
         work = _Work(x_AD, weights_AK, plan, ctx.activation, D, D, F, F, F, G)
         needs_x, _, needs_w2, needs_w1 = ctx.needs_input_grad[:4]
         grad_w1, grad_w2 = _WeightGradient(w1_LGD, needs_w1, plan), _WeightGradient(w2_LDF, needs_w2, plan)
@@ -194,6 +196,11 @@ class _Work:
             parts[0]()
         else:
             run_parts(parts)
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    """With its values in memory as they are, one after the other: copied only where they are not."""
+    return tensor.resolve_neg().contiguous()
 
 
 def _walk(tiles: list[Tile], buffers: list[Tensor], step: Callable[..., None]) -> None:

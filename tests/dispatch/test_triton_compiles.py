@@ -22,10 +22,11 @@ VERSIONS = {"_gather_rows_kernel": 1, "_sum_rows_kernel": 2, "_unpermute_backwar
 @pytest.mark.skipif(find_spec("triton") is None, reason="needs Triton")
 @pytest.mark.parametrize("capability", ["80", "90"], ids="sm_{}".format)
 def test_every_kernel_becomes_machine_code(capability: str, tmp_path: Path) -> None:
-    environment = os.environ | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
-    done = subprocess.run(
-        [sys.executable, SCRIPT, capability], env=environment, cwd=SCRIPT.parents[2], capture_output=True, text=True
-    )
+    paths = {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    environment = os.environ | paths | {"TRITON_INTERPRET": "0"}
+    done = subprocess.run([sys.executable, SCRIPT, capability], env=environment, capture_output=True, text=True)
+    if done.returncode == 77:
+        pytest.skip("Triton was built for other GPUs than NVIDIA's")
     assert done.returncode == 0, done.stderr
     compiled = json.loads(done.stdout)
     assert len(compiled) == 8

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import importlib.machinery
+import importlib.util
 import math
 import os
 import shutil
 import subprocess
 import sysconfig
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
+from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_moe.config import Activation
@@ -185,19 +187,49 @@ def test_which(
     assert type(operations_for(x, weights, activation, num_threads)) is expected
     with FlopCounterMode(display=False):  # would not see what C does
         assert type(operations_for(x, weights, activation, num_threads)) is TileOperations
+    wrapped = TwoTensor(x, x)
+    assert type(operations_for(wrapped, weights, activation, num_threads)) is TileOperations
 
 
-@pytest.mark.parametrize("found", [None, "a text"])
-def test_without_a_library_or_with_a_foreign_one(
-    found: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    spec = None
-    if found is not None:
-        (tmp_path / "foreign.so").write_text(found)
-        spec = importlib.machinery.ModuleSpec("foreign", None, origin=str(tmp_path / "foreign.so"))
-    monkeypatch.setattr(tile_operations, "find_spec", lambda name: spec)
+@pytest.fixture
+def looked_up_anew() -> Iterator[None]:
     compiled_library.cache_clear()
-    try:
-        assert type(operations_for(torch.empty(1), torch.empty(1), "swiglu", 1)) is TileOperations
-    finally:
-        compiled_library.cache_clear()
+    yield
+    compiled_library.cache_clear()
+
+
+@pytest.fixture
+def library_folder(looked_up_anew: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The package's folder for the library, empty."""
+    monkeypatch.setattr(tile_operations, "__file__", str(tmp_path / "tile_operations.py"))
+    (tmp_path / "csrc").mkdir()
+    return tmp_path / "csrc"
+
+
+def test_a_library_is_optional(library_folder: Path) -> None:
+    assert compiled_library() is None
+    assert type(operations_for(torch.empty(1), torch.empty(1), "swiglu", 1)) is TileOperations
+    library_folder.rmdir()
+    compiled_library.cache_clear()
+    assert compiled_library() is None
+
+
+def test_a_library_for_another_system_is_none(library_folder: Path) -> None:
+    (library_folder / "tile_kernels.so").write_text("foreign")
+    assert compiled_library() is None
+
+
+def test_a_library_for_other_code_is_none(looked_up_anew: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    operations("C", torch.float32)  # skips where there is none
+    monkeypatch.setattr(tile_operations, "_VERSION", 0)
+    compiled_library.cache_clear()
+    assert compiled_library() is None
+
+
+@pytest.mark.parametrize("library", ["_ctypes", "math"])
+def test_a_library_without_the_functions_is_none(library: str, library_folder: Path) -> None:
+    found = importlib.util.find_spec(library)
+    if found is None or found.origin is None or not Path(found.origin).exists():
+        pytest.skip(f"{library} is no file here")
+    shutil.copy(found.origin, library_folder / "tile_kernels.so")
+    assert compiled_library() is None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from functools import partial
 from typing import Any, get_args
 
@@ -12,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.testing import assert_close
+from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_moe.config import Activation
 from lightning_moe.dispatch.permute import Permutation, plan_permutation
@@ -370,6 +372,46 @@ def test_tokens_of_any_stride() -> None:
     expected = in_tiles(inputs, upstream, plan, "swiglu")
     for name, leaf in zip(WHAT[1:], (x, weights, w1, w2), strict=True):
         assert_close(leaf.grad, expected[name], rtol=1e-6, atol=1e-6)
+
+
+def test_an_expanded_gradient() -> None:
+    ids, _, plan = route("all")
+    inputs, upstream = drawn(ids, "swiglu", torch.float32)
+    expected = in_tiles(inputs, torch.ones_like(upstream), plan, "swiglu")
+    leaves = [value.requires_grad_() for value in inputs]
+    run_in_tiles(leaves[0], leaves[1], plan, leaves[2], leaves[3], "swiglu").sum().backward()
+    assert all(torch.equal(leaf.grad, expected[name]) for name, leaf in zip(WHAT[1:], leaves, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("watched", ["forward", "backward"])
+def test_a_mode_around_one_of_both(watched: str, dtype: torch.dtype) -> None:
+    """Under one, torch's operations do what the compiled ones do elsewhere, with what those left."""
+    ids, _, plan = route("all")
+    inputs, upstream = drawn(ids, "swiglu", dtype)
+    expected = in_tiles(inputs, upstream, plan, "swiglu")
+    leaves = [value.requires_grad_() for value in inputs]
+    with FlopCounterMode(display=False) if watched == "forward" else nullcontext():
+        y = run_in_tiles(leaves[0], leaves[1], plan, leaves[2], leaves[3], "swiglu")
+    with FlopCounterMode(display=False) if watched == "backward" else nullcontext():
+        y.backward(upstream)
+    tolerance = 1e-6 if dtype == torch.float32 else 2**-6
+    for name, leaf in zip(WHAT[1:], leaves, strict=True):
+        assert leaf.grad is not None
+        assert float((leaf.grad - expected[name]).norm()) <= tolerance * float(expected[name].norm()), name
+
+
+def test_what_is_kept_may_come_back_in_other_strides() -> None:
+    ids, _, plan = route("all")
+    inputs, upstream = drawn(ids, "swiglu", torch.float32)
+    expected = in_tiles(inputs, upstream, plan, "swiglu")
+
+    def turned(tensor: Tensor) -> Tensor:
+        return tensor.transpose(0, -1).contiguous().transpose(0, -1)
+
+    with torch.autograd.graph.saved_tensors_hooks(turned, lambda tensor: tensor):
+        ours = in_tiles(inputs, upstream, plan, "swiglu")
+    assert all(torch.equal(ours[name], expected[name]) for name in WHAT)
 
 
 def test_second_derivatives_are_refused() -> None:

@@ -1,12 +1,16 @@
 /* What torch has no single operation for, each in one pass over memory: gathering rows into a buffer, and SwiGLU between
  * an expert's two products, with all that its backward needs. Optional: tile_operations.py calls it where it was compiled,
- * and torch's operations do the same elsewhere. Plain C without Python or torch, so that one build serves all versions.
+ * and torch's operations do the same elsewhere. Plain C without Python or torch, so that a build outlives their versions.
  *
  * R rows of a tile, of which the first `size` are real and the others padding; F expert width. All arrays are contiguous
  * and none overlap; bf16 is computed in fp32 and rounded once.
  */
 #include <stdint.h>
 #include <string.h>
+
+/* To be raised with every change of what is exported, here and in tile_operations.py: a library that was built for other
+ * code would write where it should not. */
+int32_t tile_kernels_version(void) { return 1; }
 
 #ifdef __GNUC__
 #define INLINE static inline __attribute__((always_inline))
@@ -40,9 +44,8 @@ INLINE uint16_t store_bf16(float x) {
 /* 1 / (1 + exp(-x)): exp by Cody and Waite's reduction to |r| <= log(2) / 2 and the polynomial of Cephes' expf. Within
  * +-87 fp32 holds exp; beyond, the result differs from 0 and 1 by less than 1e-37. */
 INLINE float sigmoid(float x) {
-  float y = -x;
-  y = y < -87.0f ? -87.0f : y;
-  y = y > 87.0f ? 87.0f : y;
+  float y = -x >= -87.0f ? -x : -87.0f; /* of NaN a number, too, since NaN has no k; what it is multiplied by is NaN */
+  y = y <= 87.0f ? y : 87.0f;
   float k = __builtin_rintf(y * 1.44269504088896341f);
   float r = (y - k * 0.693359375f) + k * 2.12194440e-4f;
   float p = 1.9875691500e-4f;
