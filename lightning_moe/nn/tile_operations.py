@@ -174,7 +174,7 @@ _VERSION = 1
 """That of ``csrc/tile_kernels.c`` which the calls here are for."""
 
 _MOST_THREADS = 2
-"""With more, torch's operations together take less time than one thread in C."""
+"""Torch's operations take 2.2 (bf16) to 2.8 (fp32) times as long as those in C, which have one thread."""
 
 
 def _addresses_of_halves(h_PnF: Tensor) -> tuple[int, int]:

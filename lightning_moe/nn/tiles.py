@@ -118,7 +118,8 @@ class _Tiles(torch.autograd.Function):
     @staticmethod
     @first_order
     def backward(ctx: Any, grad_AD: Tensor) -> tuple[Tensor | None, ...]:
-        x_AD, weights_AK, w2_LDF, w1_LGD, *h = map(_plain, ctx.saved_tensors)  # which went through users' hooks
+        x_AD, weights_AK, w2_LDF, w1_LGD, *h = ctx.saved_tensors
+        x_AD, *h = map(_plain, (x_AD, *h))  # users' hooks may have changed what was kept
         assert all(h_PnF.dtype == x_AD.dtype for h_PnF in h)
         plan: Permutation = ctx.plan
         (D, F), G = w2_LDF.shape[1:], w1_LGD.shape[1]
