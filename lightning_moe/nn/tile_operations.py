@@ -149,10 +149,13 @@ def compiled_library() -> ctypes.CDLL | None:
     Also where it was built for another system or other code: a library may be left over from an earlier installation.
     """
     found = PathFinder.find_spec("tile_kernels", [str(Path(__file__).with_name("csrc"))])
-    if found is None or found.origin is None:
-        return None
+    return None if found is None or found.origin is None else load_library(found.origin)
+
+
+def load_library(path: str) -> ctypes.CDLL | None:
+    """As :func:`compiled_library`, from this file."""
     try:
-        library = ctypes.CDLL(found.origin)
+        library = ctypes.CDLL(path)
         if library.tile_kernels_version() != _VERSION:
             return None
     except (OSError, AttributeError):

@@ -17,7 +17,7 @@ width, P = 2 where the activation is gated and 1 where it is not, G = P*F, n row
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -51,23 +51,24 @@ class _WeightGradient:
 
     def __init__(self, weight_LGD: Tensor, is_needed: bool, plan: Permutation) -> None:
         self.total_LGD = torch.empty_like(weight_LGD) if is_needed else None
+        self._totals = [] if self.total_LGD is None else self.total_LGD.unbind()
+        self._wide = wide(weight_LGD.dtype)
         self._sums: dict[int, Tensor] = {}
-        if self.total_LGD is not None:
-            for expert, size in enumerate(plan.tokens_per_expert_E.tolist()):
-                if size == 0:
-                    self.total_LGD[expert].zero_()
+        for total_GD, size in zip(self._totals, plan.tokens_per_expert_E.tolist(), strict=False):
+            if size == 0:
+                total_GD.zero_()
 
     def add(self, tile: Tile, left: Tensor, right: Tensor) -> None:
         """Adds ``left @ right`` to that of the tile's expert."""
         if self.total_LGD is None:
             return
-        total_GD, is_wide = self.total_LGD[tile.expert], left.dtype == wide(left.dtype)
+        total_GD, is_wide = self._totals[tile.expert], left.dtype == self._wide
         if tile.is_first and (is_wide or tile.is_last):
             torch.mm(left, right, out=total_GD)
         elif is_wide:
             total_GD.addmm_(left, right)
         else:  # rounded to bf16 after every tile, small gradients would be lost on large ones
-            product_GD = (left @ right).to(wide(left.dtype))
+            product_GD = (left @ right).to(self._wide)
             sum_GD = product_GD if tile.is_first else self._sums.pop(tile.expert).add_(product_GD)
             if tile.is_last:
                 total_GD.copy_(sum_GD)
@@ -99,17 +100,24 @@ class _Tiles(torch.autograd.Function):
         y = SumByToken(x_AD, weights_AK, plan, work.runs)
         h = [x_AD.new_empty(G // F, tile.padded, F) for tile in work.tiles] if keep else []
 
-        def step(do: TileOperations, run: Run, tile: Tile, x_nD: Tensor, act_nF: Tensor, *memory: Tensor) -> None:
-            n, expert = tile.padded, tile.expert
+        def prepare(run: Run, tile: Tile, x_nD: Tensor, act_nF: Tensor, *memory: Tensor) -> _Step:
+            n, token_m, y_nD = tile.padded, work.token_R[tile.rows], y.rows_of(run, tile)
             h_PnF = h[tile.index] if keep else memory[0].view(-1)[: n * G].view(-1, n, F)
-            do.gather(x_AD, work.token_R[tile.rows], out_nD=x_nD)
-            for part, w1_FD in zip(h_PnF, w1_LPFD[expert], strict=True):  # so that each is contiguous
-                torch.mm(x_nD, w1_FD.t(), out=part)
-            do.activate(h_PnF, act_nF=act_nF)
-            torch.mm(act_nF, w2_LDF[expert].t(), out=y.rows_of(run, tile))
+            # So that each part is contiguous: the processor foresees what is read in a row.
+            parts = [(h_nF, w1_FD.t()) for h_nF, w1_FD in zip(h_PnF, w1_LPFD[tile.expert], strict=True)]
+            w2_FD = w2_LDF[tile.expert].t()
+
+            def step(do: TileOperations) -> None:
+                do.gather(x_AD, token_m, out_nD=x_nD)
+                for h_nF, w1_DF in parts:
+                    torch.mm(x_nD, w1_DF, out=h_nF)
+                do.activate(h_PnF, act_nF=act_nF)
+                torch.mm(act_nF, w2_FD, out=y_nD)
+
+            return step
 
         for run in work.runs:
-            work.walk(run, step)
+            work.walk(run, prepare)
             y.add(run)
         ctx.save_for_backward(x_AD, weights_AK, w2_LDF, w1_LGD, *h)
         ctx.plan, ctx.activation = plan, activation
@@ -130,8 +138,7 @@ class _Tiles(torch.autograd.Function):
         grad_weights_R = weights_AK.new_zeros(len(work.token_R))
         grad_x = SumByToken(x_AD, None, plan, work.runs) if needs_x else None
 
-        def step(
-            do: TileOperations,
+        def prepare(
             run: Run,
             tile: Tile,
             x: Tensor,
@@ -140,27 +147,35 @@ class _Tiles(torch.autograd.Function):
             grad_act: Tensor,
             memory: Tensor,
             grad_h: Tensor,
-        ) -> None:
-            expert, token = tile.expert, work.token_R[tile.rows]
-            do.gather(grad_AD, token, out_nD=grad_y)
-            torch.mm(grad_y, w2_LDF[expert], out=grad_act)  # without the weight, for the weight's own gradient
-            do.activate_backward(
-                h[tile.index],
-                grad_act,
-                work.weights_R[tile.rows],
-                act_nF=act,
-                grad_h_nG=grad_h,
-                grad_weights_m=grad_weights_R[tile.rows],
-                memory_nF=memory,
-            )
-            do.gather(x_AD, token, out_nD=x)
-            grad_w2.add(tile, grad_y.t(), act)
-            grad_w1.add(tile, grad_h.t(), x)
-            if grad_x is not None:
-                torch.mm(grad_h, w1_LGD[expert], out=grad_x.rows_of(run, tile))
+        ) -> _Step:
+            w1_GD, w2_DF, h_PnF = w1_LGD[tile.expert], w2_LDF[tile.expert], h[tile.index]
+            token_m, weights_m = work.token_R[tile.rows], work.weights_R[tile.rows]
+            grad_weights_m = grad_weights_R[tile.rows]
+            grad_y_Dn, grad_h_Gn = grad_y.t(), grad_h.t()
+            grad_x_nD = None if grad_x is None else grad_x.rows_of(run, tile)
+
+            def step(do: TileOperations) -> None:
+                do.gather(grad_AD, token_m, out_nD=grad_y)
+                torch.mm(grad_y, w2_DF, out=grad_act)  # without the weight, for the weight's own gradient
+                do.activate_backward(
+                    h_PnF,
+                    grad_act,
+                    weights_m,
+                    act_nF=act,
+                    grad_h_nG=grad_h,
+                    grad_weights_m=grad_weights_m,
+                    memory_nF=memory,
+                )
+                do.gather(x_AD, token_m, out_nD=x)
+                grad_w2.add(tile, grad_y_Dn, act)
+                grad_w1.add(tile, grad_h_Gn, x)
+                if grad_x_nD is not None:
+                    torch.mm(grad_h, w1_GD, out=grad_x_nD)
+
+            return step
 
         for run in work.runs:
-            work.walk(run, step)
+            work.walk(run, prepare)
             if grad_x is not None:
                 grad_x.add(run)
         grad_weights_AK = gather(grad_weights_R.unsqueeze(1), plan.row_TK.reshape(-1), is_complete=False)
@@ -189,10 +204,12 @@ class _Work:
         self._operations = partial(operations_for, x_AD, weights_AK, activation)
         self._buffers = [[x_AD.new_empty(most, width) for width in widths] for _ in range(number)]
 
-    def walk(self, run: Run, step: Callable[..., None]) -> None:
-        """Calls ``step(operations, run, tile, *buffers)`` for every tile."""
-        step = partial(step, self._operations(torch.get_num_threads() // len(run.shares)), run)
-        parts = [partial(_walk, *part, step) for part in zip(run.shares, self._buffers, strict=False)]
+    def walk(self, run: Run, prepare: Callable[..., _Step]) -> None:
+        """Takes the step that ``prepare(run, tile, *buffers)`` returns for every tile."""
+        do = self._operations(torch.get_num_threads() // len(run.shares))
+        parts = [
+            partial(_walk, *part, partial(prepare, run), do) for part in zip(run.shares, self._buffers, strict=False)
+        ]
         if len(parts) == 1:
             parts[0]()
         else:
@@ -204,6 +221,12 @@ def _plain(tensor: Tensor) -> Tensor:
     return tensor.resolve_neg().contiguous()
 
 
-def _walk(tiles: list[Tile], buffers: list[Tensor], step: Callable[..., None]) -> None:
-    for tile in tiles:
-        step(tile, *(buffer[: tile.padded] for buffer in buffers))
+def _walk(tiles: list[Tile], buffers: list[Tensor], prepare: Callable[..., _Step], do: TileOperations) -> None:
+    of_rows = cache(lambda rows: [buffer[:rows] for buffer in buffers])
+    # All are prepared first: between products, which leave nothing else in the cache, it takes several times as long.
+    for step in [prepare(tile, *of_rows(tile.padded)) for tile in tiles]:
+        step(do)
+
+
+_Step = Callable[[TileOperations], None]
+"""What is done to one tile."""

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib.util
 import math
 import os
 import shutil
 import subprocess
 import sysconfig
+import tempfile
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -19,18 +22,58 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_moe.config import Activation
 from lightning_moe.nn import tile_operations
-from lightning_moe.nn.tile_operations import CompiledOperations, TileOperations, compiled_library, operations_for
+from lightning_moe.nn.tile_operations import (
+    CompiledOperations,
+    TileOperations,
+    compiled_library,
+    load_library,
+    operations_for,
+)
 
 EXTREMES = [-math.inf, -1e30, -200.0, -88.5, -87.0, -1e-30, -0.0, 0.0, 1e-30, 87.0, 88.5, 200.0, 1e30, math.inf]
 dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-kinds = pytest.mark.parametrize("kind", ["torch", "C"])
+COMPILED = {
+    "C": None,  # as installed: for the newest instructions that this processor has
+    "C, AVX-512 without bf16": ("AVX512", 'strcmp(x, "avx512bf16") != 0'),
+    "C, AVX2": ("AVX2", 'strcmp(x, "avx2") == 0 || strcmp(x, "fma") == 0'),
+    "C, plain": ("DEFAULT", "0"),
+}
+"""What torch calls the processor that is needed at least, and which instructions the library takes it to have."""
+
+kinds = pytest.mark.parametrize("kind", ["torch", *COMPILED])
+compiled = pytest.mark.parametrize("kind", COMPILED)
 
 
 def operations(kind: str, dtype: torch.dtype) -> TileOperations:
+    if kind == "torch":
+        return TileOperations("swiglu")
     library = compiled_library()
-    if kind == "C" and library is None:
+    if library is None:
         pytest.skip("no compiler was found when the package was installed")
-    return TileOperations("swiglu") if library is None or kind == "torch" else CompiledOperations(library, dtype)
+    if (instructions := COMPILED[kind]) is not None:
+        library = compiled_for(*instructions)
+    return CompiledOperations(library, dtype)
+
+
+@cache
+def compiled_for(processor: str, has_instructions: str) -> ctypes.CDLL:
+    """The library for an older processor than this one."""
+    order = ["DEFAULT", "AVX2", "AVX512"]
+    if torch.backends.cpu.get_cpu_capability() not in order[order.index(processor) :]:
+        pytest.skip(f"this processor has no {processor}")
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "tile_kernels.so")
+        define = f"-D__builtin_cpu_supports(x)=({has_instructions})"
+        source = Path(tile_operations.__file__).with_name("csrc") / "tile_kernels.c"
+        subprocess.run([compiler(), "-O3", "-fopenmp-simd", "-shared", "-fPIC", define, source, "-o", path], check=True)
+        library = load_library(str(path))
+    assert library is not None
+    return library
+
+
+def compiler() -> str:
+    """As setuptools chooses it."""
+    return str(os.environ.get("CC") or sysconfig.get_config_var("CC") or "cc").split()[0]
 
 
 def relative(got: Tensor, wanted: Tensor) -> float:
@@ -42,10 +85,12 @@ def unwritten(*shape: int, dtype: torch.dtype) -> Tensor:
 
 
 def test_they_are_compiled_where_the_package_is_installed(tmp_path: Path) -> None:
-    compiler = (os.environ.get("CC") or sysconfig.get_config_var("CC") or "cc").split()[0]  # as setuptools chooses
     (tmp_path / "any.c").write_text("#include <string.h>\n#include <stdint.h>\nint32_t any;\n")
     arguments = ["-shared", "-fPIC", "any.c", "-o", "any.so"]
-    if shutil.which(compiler) is None or subprocess.run([compiler, *arguments], cwd=tmp_path, check=False).returncode:
+    if (
+        shutil.which(compiler()) is None
+        or subprocess.run([compiler(), *arguments], cwd=tmp_path, check=False).returncode
+    ):
         pytest.skip("no compiler here")
     assert compiled_library() is not None, "install the package again: pip install -e ."
 
@@ -63,7 +108,7 @@ def test_gather(kind: str, dtype: torch.dtype, width: int) -> None:
 
 @kinds
 @dtypes
-@pytest.mark.parametrize("width", [1, 7, 16, 33, 512])
+@pytest.mark.parametrize("width", [1, 7, 16, 33, 600])
 def test_activate(kind: str, dtype: torch.dtype, width: int) -> None:
     h = torch.randn(2, 19, width).mul_(4).to(dtype)
     act = unwritten(19, width, dtype=dtype)
@@ -74,14 +119,15 @@ def test_activate(kind: str, dtype: torch.dtype, width: int) -> None:
     assert relative(act, wanted) < (1e-7 if dtype == torch.float32 else 3e-3)
 
 
+@compiled
 @dtypes
-def test_every_gate_in_c(dtype: torch.dtype) -> None:
+def test_every_gate_in_c(kind: str, dtype: torch.dtype) -> None:
     """All of bf16 that is finite, as far as the result is no denormal number; in fp32 the same to 2^-22."""
     bits = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16)
     gate = bits.view(torch.bfloat16)
     gate = gate[gate.isfinite() & (gate.abs() < 80)].to(dtype)
     act = unwritten(1, len(gate), dtype=dtype)
-    operations("C", dtype).activate(torch.stack([gate, torch.ones_like(gate)]).unsqueeze(1), act_nF=act)
+    operations(kind, dtype).activate(torch.stack([gate, torch.ones_like(gate)]).unsqueeze(1), act_nF=act)
     wanted = gate.double().sigmoid() * gate.double()
     off = (act[0].double() - wanted).abs()
     assert bool((off <= wanted.abs() * (2**-22 if dtype == torch.float32 else 2**-8) + 2e-38).all())
@@ -117,7 +163,7 @@ def test_nan_is_passed_on_and_stays_where_it_is(kind: str, dtype: torch.dtype) -
 @kinds
 @dtypes
 @pytest.mark.parametrize("size", [0, 1, 13, 16])
-@pytest.mark.parametrize("width", [1, 7, 16, 33, 512])
+@pytest.mark.parametrize("width", [1, 7, 16, 33, 600])
 def test_activate_backward(kind: str, dtype: torch.dtype, size: int, width: int) -> None:
     h, grad = torch.randn(2, 16, width).mul_(3).to(dtype), torch.randn(16, width).to(dtype)
     h[:, size:], grad[size:] = math.nan, math.nan  # padding may hold anything
@@ -150,11 +196,12 @@ def test_activate_backward(kind: str, dtype: torch.dtype, size: int, width: int)
         assert bool((off <= tolerance * terms.abs().sum(1)).all())
 
 
-def test_c_rounds_bf16_once() -> None:
+@compiled
+def test_c_rounds_bf16_once(kind: str) -> None:
     """Every result is the nearest to that of float64, or its neighbour where two are about as near."""
     h, grad, weights = torch.randn(2, 64, 512).bfloat16(), torch.randn(64, 512).bfloat16(), torch.rand(64)
     act, grad_h, grad_weights = unwritten(64, 512, dtype=h.dtype), unwritten(64, 1024, dtype=h.dtype), torch.empty(64)
-    do = operations("C", torch.bfloat16)
+    do = operations(kind, torch.bfloat16)
     do.activate_backward(
         h, grad, weights, act_nF=act, grad_h_nG=grad_h, grad_weights_m=grad_weights, memory_nF=torch.empty(0)
     )
