@@ -223,10 +223,14 @@ def _plain(tensor: Tensor) -> Tensor:
 
 def _walk(tiles: list[Tile], buffers: list[Tensor], prepare: Callable[..., _Step], do: TileOperations) -> None:
     of_rows = cache(lambda rows: [buffer[:rows] for buffer in buffers])
-    # All are prepared first: between products, which leave nothing else in the cache, it takes several times as long.
-    for step in [prepare(tile, *of_rows(tile.padded)) for tile in tiles]:
-        step(do)
+    for start in range(0, len(tiles), _PREPARED):
+        for step in [prepare(tile, *of_rows(tile.padded)) for tile in tiles[start : start + _PREPARED]]:
+            step(do)
 
+
+_PREPARED = 8
+"""Tiles whose views are made at once: after a product, which leaves nothing else in the cache, each takes several times
+as long. Made for all at once, they would keep other workers from beginning."""
 
 _Step = Callable[[TileOperations], None]
 """What is done to one tile."""

@@ -144,7 +144,7 @@ class SumByToken:
     """
 
     def __init__(self, like_AD: Tensor, weights_AK: Tensor | None, plan: Permutation, runs: list[Run]) -> None:
-        self._like_AD, self._place_AK = like_AD, _places(plan, runs)
+        self._like_AD, self._place_AK, self._is_divided = like_AD, _places(plan, runs), len(runs) > 1
         self._weights_AK = weights_AK
         if weights_AK is not None:  # where there is no row they may be anything, NaN included
             has_row_AK = plan.row_TK < len(plan.assignment_R)
@@ -164,8 +164,10 @@ class SumByToken:
         """Adds what was written."""
         rows = self._rows[: run.size + 1]
         rows[run.size].zero_()  # for assignments that have no row in this run
-        index_AK = self._place_AK - run.place
-        index_AK.masked_fill_((index_AK < 0) | (index_AK >= run.size), run.size)
+        index_AK = self._place_AK
+        if self._is_divided:
+            index_AK = index_AK - run.place
+            index_AK.masked_fill_((index_AK < 0) | (index_AK >= run.size), run.size)
         if self._total_AD is None and len(index_AK) <= self._tokens:
             self._total_AD = self._sum(rows, index_AK, slice(None)).to(self._wide)
             return
@@ -187,12 +189,12 @@ class SumByToken:
 
 
 def _places(plan: Permutation, runs: list[Run]) -> Tensor:
-    """Of the row of every assignment, [A, K]; beyond the last place where it has none."""
+    """Of the row of every assignment, [A, K]; the first beyond all tiles, padding included, where it has none."""
     num_rows, tiles = len(plan.assignment_R), [tile for run in runs for tile in run.tiles]
-    # An assignment without a row has num_rows, which must be no place, not even one in the padding of the last tile.
+    beyond = tiles[-1].place + tiles[-1].padded if tiles else 0
     if all(tile.place == tile.start and tile.padded == tile.size for tile in tiles):
-        return plan.row_TK
-    places = plan.row_TK.new_full((num_rows + 1,), num_rows + _ROW_MULTIPLE * len(tiles))
+        return plan.row_TK.clamp(max=beyond)
+    places = plan.row_TK.new_full((num_rows + 1,), beyond)
     for tile in tiles:
         torch.arange(tile.place, tile.place + tile.size, out=places[tile.rows])
     return places[plan.row_TK.clamp(max=num_rows)]
