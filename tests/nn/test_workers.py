@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 
 import pytest
 import torch
@@ -24,6 +26,16 @@ def four_threads() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
+@pytest.fixture(params=["OpenMP", "pool"])
+def threads_of(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    kind: str = request.param
+    if kind == "pool":
+        monkeypatch.setattr(workers, "_openmp", lambda pid: None)
+    elif workers._openmp(os.getpid()) is None:
+        pytest.skip("torch's OpenMP has no GOMP_parallel")
+    return kind
+
+
 @pytest.mark.parametrize(
     ("threads", "expected"),
     [(1, (1, 1)), (2, (2, 1)), (7, (7, 1)), (8, (8, 1)), (11, (5, 2)), (12, (6, 2)), (64, (8, 8))],
@@ -32,25 +44,47 @@ def test_threads_are_divided_among_workers(threads: int, expected: tuple[int, in
     assert workers._divided(threads) == expected
 
 
-def test_every_part_has_a_thread_with_its_share_and_no_autograd() -> None:
-    found: list[tuple[str, int, bool, bool]] = []
+def test_every_part_has_a_thread_with_its_share_and_no_autograd(threads_of: str) -> None:
+    found: list[tuple[int, bool, bool]] = []
     here = threading.Barrier(4)
 
     def part() -> None:
-        here.wait()  # until all are there
-        name, threads = threading.current_thread().name, torch.get_num_threads()
-        found.append((name, threads, torch.is_grad_enabled(), torch.is_inference_mode_enabled()))
+        here.wait(10)  # until all are there
+        found.append((threading.get_ident(), torch.is_grad_enabled(), torch.is_inference_mode_enabled()))
+        if threads_of == "pool":  # on OpenMP's, operations have one thread whatever this says
+            assert torch.get_num_threads() == 1
 
     assert num_workers() == 4
     run_parts([part] * 4)
-    assert len({name for name, *_ in found}) == 4
-    assert [entry[1:] for entry in found] == [(1, False, False)] * 4
+    assert len({thread for thread, *_ in found}) == 4
+    assert threading.get_ident() in {thread for thread, *_ in found}
+    assert [entry[1:] for entry in found] == [(False, False)] * 4
     found.clear()
     with torch.inference_mode():
         run_parts([part] * 4)
-    assert [entry[1:] for entry in found] == [(1, False, True)] * 4
+    assert [entry[1:] for entry in found] == [(False, True)] * 4
     assert torch.get_num_threads() == 4
     assert torch.is_grad_enabled()
+
+
+def test_results_have_the_bits_of_one_thread(threads_of: str) -> None:
+    left, right = torch.randn(4, 300, 257), torch.randn(4, 257, 310)
+    found = torch.empty(4, 300, 310)
+    run_parts([partial(torch.mm, left[i], right[i], out=found[i]) for i in range(4)])
+    torch.set_num_threads(1)
+    assert all(torch.equal(found[i], left[i] @ right[i]) for i in range(4))
+
+
+def test_fewer_threads_than_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where OMP_THREAD_LIMIT says so."""
+
+    def start(body: Callable[[None], None], data: None, number: int, flags: int) -> None:
+        body(None)
+
+    monkeypatch.setattr(workers, "_openmp", lambda pid: start)
+    found: list[int] = []
+    run_parts([partial(found.append, i) for i in range(4)])
+    assert found == [0, 1, 2, 3]
 
 
 def test_another_number_of_threads() -> None:
@@ -62,7 +96,7 @@ def test_another_number_of_threads() -> None:
     assert torch.get_num_threads() == 9
 
 
-def test_the_first_exception_comes_when_all_parts_have_ended() -> None:
+def test_the_first_exception_comes_when_all_parts_have_ended(threads_of: str) -> None:
     ended = []
 
     def fail(number: int) -> None:
@@ -89,19 +123,27 @@ def test_dispatch_modes_see_everything() -> None:
     assert num_workers() == 4
 
 
-@pytest.mark.grid
 @pytest.mark.skipif(sys.platform == "win32", reason="has no fork")
-def test_after_a_fork() -> None:
-    script = """
-import os, torch
-from lightning_moe.nn.workers import run_parts
-torch.set_num_threads(2)
-found = []
-run_parts([lambda: found.append(1)] * 2)
-if (child := os.fork()) == 0:
+@pytest.mark.parametrize("imported", ["before", "after"])
+def test_after_a_fork(imported: str) -> None:
+    """Where the parent has used OpenMP, whose threads are not there in the child."""
+    script = f"""
+import multiprocessing, os, sys, torch
+def child():
+    from lightning_moe.nn.workers import run_parts
+    found = []
     run_parts([lambda: found.append(1)] * 2)
-    os._exit(len(found))
-print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+    sys.exit(2 + len(found))
+torch.set_num_threads(2)
+if {imported == "before"}:
+    from lightning_moe.nn.workers import run_parts
+    run_parts([lambda: None] * 2)
+torch.randn(1000, 1000) @ torch.randn(1000, 1000)
+process = multiprocessing.get_context("fork").Process(target=child)
+process.start()
+process.join(30)
+print(process.exitcode)
+process.kill()
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=True)
-    assert done.stdout == "4\n"
+    assert done.stdout == "4\n", done.stderr
