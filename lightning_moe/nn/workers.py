@@ -13,10 +13,11 @@ from __future__ import annotations
 import ctypes
 import multiprocessing
 import os
+import sys
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from threading import Barrier
 from typing import Any
@@ -37,14 +38,18 @@ def num_workers() -> int:
 
 
 def run_parts(parts: Sequence[Callable[[], None]]) -> None:
-    """Calls all parts, each on a thread of its own, without autograd, and returns when the last has ended.
+    """Calls all parts, on as many threads, without autograd, and returns when the last has ended.
 
     Args:
         parts: At most :func:`num_workers`. They must not use random numbers, and write to different memory.
 
     Raises:
-        Exception: The first of what the parts raised, in their order.
+        BaseException: The first of what the parts raised, in their order; an interrupt may come before it.
     """
+    if sys.is_finalizing():  # no other thread runs Python any more
+        for part in parts:
+            _run(part, torch.is_inference_mode_enabled())
+        return
     start = _openmp(os.getpid()) if _divided(torch.get_num_threads())[1] == 1 else None
     if start is None:
         _run_on_pool(parts)
@@ -53,11 +58,12 @@ def run_parts(parts: Sequence[Callable[[], None]]) -> None:
 
 
 def _run_on_openmp(parts: Sequence[Callable[[], None]], start: Any) -> None:
-    """On threads within which every operation has one thread."""
-    inference, errors = torch.is_inference_mode_enabled(), dict[int, BaseException]()
+    """On threads within which every operation has one thread. Signals are handled when all parts have ended."""
+    inference = torch.is_inference_mode_enabled()
     left = deque(enumerate(parts))  # there may be fewer threads than were asked for
+    errors: dict[int, BaseException] = {}
 
-    def take_parts(_: int | None) -> None:
+    def take_parts() -> None:
         while left:
             try:
                 number, part = left.popleft()
@@ -65,12 +71,28 @@ def _run_on_openmp(parts: Sequence[Callable[[], None]], start: Any) -> None:
                 return
             try:
                 _run(part, inference)
-            except BaseException as error:  # noqa: BLE001 - what leaves a callback is lost
+            except BaseException as error:  # noqa: BLE001 - see below
                 errors[number] = error
 
-    start(_BODY(take_parts), None, len(parts), 0)
+    def taker() -> Iterator[None]:
+        try:
+            yield
+            take_parts()
+        except BaseException as error:  # noqa: BLE001 - see below
+            errors[-1] = error
+
+    # What leaves a callback is lost, and an interrupt may come anywhere in Python's code, before its first line, too.
+    # So the callback itself is C's, and what it goes on with is within "try" already.
+    takers = [taker() for _ in parts]
+    for each in takers:
+        next(each)
+    start(_BODY(partial(next, map(next, takers))), None, len(parts), 0)
     if errors:
-        raise errors[min(errors)]
+        try:
+            raise min((errors[number] for number in sorted(errors)), key=lambda error: isinstance(error, Exception))
+        finally:
+            errors.clear()  # they hold this frame, which holds them
+    assert not left
 
 
 _BODY = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
@@ -78,16 +100,20 @@ _BODY = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 
 @cache
 def _openmp(pid: int) -> Any:
-    """``GOMP_parallel`` of the OpenMP runtime that torch uses, GNU's or one that offers the same; ``None`` elsewhere.
+    """``GOMP_parallel`` of the OpenMP runtime that torch uses; ``None`` where that is not GNU's, or not for certain.
 
-    Also in what may be a fork, since GNU's threads do not survive one and are waited for all the same.
+    Also where the process has forked, or may be the fork of one that had used it: GNU's threads do not survive that and
+    are waited for all the same. (A child of ``os.fork()`` that imports this first is not seen; torch hangs there, too.)
     """
     if pid != _PID or multiprocessing.parent_process() is not None:
         return None
+    library = Path(torch.__file__).with_name("lib") / "libtorch_cpu.so"
     try:
-        start = ctypes.CDLL(str(Path(torch.__file__).with_name("lib") / "libtorch_cpu.so")).GOMP_parallel
-    except (OSError, AttributeError):
+        start, preloaded = ctypes.CDLL(str(library)).GOMP_parallel, ctypes.CDLL(None).GOMP_parallel
+    except (OSError, AttributeError, TypeError):  # Windows' CDLL takes no None
         return None
+    if ctypes.cast(start, ctypes.c_void_p).value != ctypes.cast(preloaded, ctypes.c_void_p).value:
+        return None  # as with LD_PRELOAD=libiomp5.so, where torch would not know itself within a parallel region
     start.argtypes, start.restype = [_BODY, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint], None
     return start
 
@@ -129,10 +155,15 @@ def _pool(pid: int, num_threads: int) -> ThreadPoolExecutor:
     workers, threads_each = _divided(num_threads)
     pool = ThreadPoolExecutor(max(workers - 1, 1), "lightning_moe_worker", _set_threads, (threads_each,))
     all_there = Barrier(workers)
-    started = [pool.submit(all_there.wait) for _ in range(workers - 1)]
-    all_there.wait()
-    for future in started:
-        future.result()
+    try:
+        started = [pool.submit(all_there.wait) for _ in range(workers - 1)]
+        all_there.wait()
+        for future in started:
+            future.result()
+    except BaseException:  # those that wait would do so for ever
+        all_there.abort()
+        pool.shutdown(wait=False)
+        raise
     torch.set_num_threads(num_threads)  # what a thread sets is also where those begin that come after it
     return pool
 

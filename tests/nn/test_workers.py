@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import subprocess
 import sys
@@ -80,6 +81,7 @@ def test_fewer_threads_than_parts(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def start(body: Callable[[None], None], data: None, number: int, flags: int) -> None:
         body(None)
+        body(None)
 
     monkeypatch.setattr(workers, "_openmp", lambda pid: start)
     found: list[int] = []
@@ -115,6 +117,65 @@ def test_the_first_exception_comes_when_all_parts_have_ended(threads_of: str) ->
     assert torch.get_num_threads() == 4
     run_parts([slow])
     assert ended == [1, 1, 1]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="has no SIGALRM")
+def test_an_interrupt_is_not_lost_nor_is_a_part() -> None:
+    """Whenever it comes. In a process of its own, since pytest-timeout uses the same signal."""
+    script = """
+import random, signal, torch
+from lightning_moe.nn.workers import run_parts
+class Interrupt(BaseException): pass
+fired = False
+def handler(*_):
+    global fired
+    fired = True
+    raise Interrupt
+signal.signal(signal.SIGALRM, handler)
+torch.set_num_threads(2)
+lost = missing = interrupted = 0
+for _ in range(4000):
+    ran, fired = [], False
+    try:
+        signal.setitimer(signal.ITIMER_REAL, random.uniform(1e-6, 2e-4))
+        run_parts([lambda: ran.append(0), lambda: ran.append(1)])
+        missing += len(ran) != 2
+        lost += fired
+        while not fired:
+            pass
+    except Interrupt:
+        interrupted += 1
+print(lost, missing, interrupted > 3900)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=90, check=True)
+    assert done.stdout == "0 0 True\n", done.stderr
+    assert "Exception ignored" not in done.stderr
+
+
+def test_another_openmp_that_was_preloaded_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    if workers._openmp(os.getpid()) is None:
+        pytest.skip("torch's OpenMP is not GNU's")
+
+    class Library:
+        def __init__(self, name: str | None) -> None:
+            self.GOMP_parallel = ctypes.CFUNCTYPE(None)(lambda: None)
+
+    workers._openmp.cache_clear()
+    monkeypatch.setattr(ctypes, "CDLL", Library)
+    try:
+        assert workers._openmp(os.getpid()) is None
+    finally:
+        workers._openmp.cache_clear()
+
+
+def test_an_interrupt_comes_before_an_exception() -> None:
+    def fail(error: BaseException) -> None:
+        raise error
+
+    if workers._openmp(os.getpid()) is None:
+        pytest.skip("torch's OpenMP is not GNU's")
+    with pytest.raises(SystemExit):
+        run_parts([partial(fail, ValueError()), partial(fail, SystemExit())])
 
 
 def test_dispatch_modes_see_everything() -> None:
