@@ -68,7 +68,8 @@ class _WeightGradient:
         elif is_wide:
             total_GD.addmm_(left, right)
         else:  # rounded to bf16 after every tile, small gradients would be lost on large ones
-            product_GD = (left @ right).to(self._wide)
+            # Into a tensor of its own, since autocast, which a thread may or may not have, leaves such products alone.
+            product_GD = torch.mm(left, right, out=torch.empty_like(total_GD)).to(self._wide)
             sum_GD = product_GD if tile.is_first else self._sums.pop(tile.expert).add_(product_GD)
             if tile.is_last:
                 total_GD.copy_(sum_GD)

@@ -312,14 +312,16 @@ def test_backward_keeps_no_rows_but_the_first_product(dtype: torch.dtype, rows_p
         assert num_kept == 60
 
 
-def test_many_small_gradients_of_bf16_are_not_lost() -> None:
-    """512 equal products: summed in bf16, the 257th would change nothing."""
-    num_tokens = 512 * TILE
+@pytest.mark.parametrize("autocast", [False, True])
+def test_many_small_gradients_of_bf16_are_not_lost(autocast: bool) -> None:
+    """512 equal products: summed in bf16, the 257th would change nothing. fp16, which autocast has here, ends at 2^16."""
+    num_tokens, upstream = 512 * TILE, 2.0**20
     plan = plan_permutation(torch.zeros(num_tokens, 1, dtype=torch.int64), 1)
     x, w1, w2 = (torch.ones(shape, dtype=torch.bfloat16) for shape in ((num_tokens, D), (1, F, D), (1, D, F)))
-    grads = in_tiles([x, torch.ones(num_tokens, 1), w1 / D, w2 / D], torch.ones_like(x), plan, "relu")
+    with torch.autocast("cpu", torch.float16, enabled=autocast):
+        grads = in_tiles([x, torch.ones(num_tokens, 1), w1 / D, w2 / D], torch.full_like(x, upstream), plan, "relu")
     for name in ("w1", "w2"):
-        assert_close(grads[name], torch.full_like(grads[name], num_tokens), rtol=2**-8, atol=0)
+        assert_close(grads[name], torch.full_like(grads[name], num_tokens * upstream), rtol=2**-8, atol=0)
 
 
 def test_tokens_of_any_stride() -> None:
